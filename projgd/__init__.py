@@ -1,0 +1,33 @@
+"""Projected gradient descent for PyTorch and JAX.
+
+Importing `projgd` imports neither framework: the optimizers are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from projgd.axes import Split
+from projgd.constraints import Constraint, MaxNorm, NonNegative, UnitNorm, from_config
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ProjectedSGD": "projgd.torch",
+    "ProjectedAdam": "projgd.torch",
+    "ProjectedAdamW": "projgd.torch",
+    "maxnorm_projection": "projgd.optax",
+}
+
+__all__ = ["Constraint", "MaxNorm", "NonNegative", "Split", "UnitNorm", "from_config", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'projgd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,243 @@
+"""The mathematics: Euclidean projections, written once on the Python array API.
+
+Every function takes an array of NumPy, PyTorch or JAX and the (non-negative) axes that make one vector, and returns an
+array of the same library, dtype, shape and device. This is the reference that every faster path is tested against.
+
+How the contract is kept for a ball of radius c (docs/guarantees.md has the proof):
+
+* *Scale, then square.* A vector is divided by its largest entry r before it is squared, so nothing over- or underflows.
+* *Short sums.* Squares are summed in a tree of `BLOCK`s, so the norm N has a relative error of at most e, a few dozen
+  units in the last place even for 1,000,000 entries.
+* *A guard for rounding.* A vector with N > T = c(1 - e) may be outside; it is scaled to s = c(1 - 3e)/(1 + u), u the
+  rounding of the stored type. So what is stored has a true norm of at most c, and its computed norm is at most T: the
+  next projection leaves it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from array_api_compat import array_namespace
+
+Array = Any
+Scalar = Any  # a Python float, or a 0-d array (traced, in JAX)
+
+BLOCK = 8
+
+
+@dataclass(frozen=True)
+class FloatType:
+    """What the arithmetic must know of a stored dtype."""
+
+    unit: float  # relative error of rounding to nearest, 2^-p
+    tiny: float  # absolute error of rounding near zero, subnormals flushed or not
+    compute: str  # the dtype that sums and products are taken in
+
+
+FLOATS = {
+    "float64": FloatType(2.0**-53, 2.0**-1022, "float64"),
+    "float32": FloatType(2.0**-24, 2.0**-126, "float32"),
+    "bfloat16": FloatType(2.0**-8, 2.0**-126, "float32"),
+    "float16": FloatType(2.0**-11, 2.0**-25, "float32"),
+}
+
+
+def float_type(x: Array, name: str = "the array") -> FloatType:
+    """The `FloatType` of an array. Raises TypeError for integer, boolean, complex and other dtypes."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {dtype}; a projection needs one of {', '.join(FLOATS)}")
+    return FLOATS[dtype]
+
+
+# ---------------------------------------------------------------------------------------------------- the three sets
+
+
+def project_ball(x: Array, c: Scalar, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+    """Nearest point with a norm of at most `c`, per vector: x · min(1, c / ‖x‖).
+
+    >>> import numpy as np
+    >>> project_ball(np.asarray([[3.0, 0.3], [4.0, 0.4]]), 1.0, (0,)).round(3)
+    array([[0.6, 0.3],
+           [0.8, 0.4]])
+    """
+    xp = xp or array_namespace(x)
+    if 0 in x.shape:
+        return x
+    kind = float_type(x)
+    limits = ball_limits(kind, x.shape, axes, c, xp)
+    z, r = _scaled(x, axes, xp)
+    z_norm = _root(_sum(z * z, axes, xp), xp)
+    # Compared 2^32 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
+    outside = xp.isfinite(r) & ~(z_norm * (r * 2.0**-32) <= limits.threshold * 2.0**-32)
+    y = z * (limits.target / xp.where(outside, z_norm, xp.ones_like(z_norm)))
+    stored = _fill(y, limits.inner, limits.threshold, axes, xp, x.dtype) if limits.fill else xp.astype(y, x.dtype)
+    return xp.where(outside, stored, x)
+
+
+def project_sphere(x: Array, radius: Scalar, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+    """Nearest point with a norm of exactly `radius` (to rounding), per vector. A zero vector has none and stays zero.
+
+    >>> import numpy as np
+    >>> project_sphere(np.asarray([[3.0, 0.0], [4.0, 0.0]]), 1.0, (0,)).round(3)
+    array([[0.6, 0. ],
+           [0.8, 0. ]])
+    """
+    xp = xp or array_namespace(x)
+    if 0 in x.shape:
+        return x
+    kind = float_type(x)
+    error = norm_error(kind, x.shape, axes)
+    z, r = _scaled(x, axes, xp)
+    z_norm = _root(_sum(z * z, axes, xp), xp)
+    length = math.sqrt(math.prod(x.shape[a] for a in axes))
+    band = (kind.unit + 3 * error) * radius + length * kind.tiny
+    off = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) > band * 2.0**-32
+    moved = xp.isfinite(r) & (z_norm > 0) & off
+    y = z * (radius / xp.where(moved, z_norm, xp.ones_like(z_norm)))
+    return xp.where(moved, xp.astype(y, x.dtype), x)
+
+
+def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
+    """Nearest point without negative entries: max(x, 0). NaN stays NaN.
+
+    >>> import numpy as np
+    >>> project_nonnegative(np.asarray([-1.0, 2.0]))
+    array([0., 2.])
+    """
+    xp = xp or array_namespace(x)
+    return xp.where(x < 0, xp.zeros_like(x), x)
+
+
+# ------------------------------------------------------------------------------------------------------ norms, guards
+
+
+def norm(x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+    """‖x‖₂ of every vector, reduced axes kept with size 1, in the dtype that sums are taken in (float32 for halves).
+
+    Never over- or underflows where the result is representable; inf and NaN show as such.
+
+    >>> import numpy as np
+    >>> norm(np.asarray([[3e30], [4e30]], dtype=np.float32), (0,))
+    array([[5.e+30]], dtype=float32)
+    """
+    xp = xp or array_namespace(x)
+    kind = float_type(x)
+    if 0 in x.shape:
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return xp.zeros(shape, dtype=getattr(xp, kind.compute))
+    z, r = _scaled(x, axes, xp)
+    return xp.where(xp.isfinite(r), r * _root(_sum(z * z, axes, xp), xp), r)
+
+
+def norm_error(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...]) -> float:
+    """Relative error bound of `norm`: half the depth of the tree of sums, and 6 for everything else, in units."""
+    depth = 0
+    for a in axes:
+        n = shape[a]
+        while n > 1:
+            depth += min(n, BLOCK) - 1
+            n = -(-n // BLOCK)
+    return (depth / 2 + 6) * FLOATS[kind.compute].unit
+
+
+@dataclass(frozen=True)
+class BallLimits:
+    """Norms that decide what becomes of a vector; all in the computing dtype."""
+
+    threshold: Scalar  # a computed norm above this one may be outside
+    target: Scalar  # what a vector outside is scaled to before it is rounded
+    inner: Scalar  # what its stored norm may reach: the target without the guard for rounding to the stored type
+    fill: bool  # rounding to nearest cannot be tight here (subnormal float16)
+
+
+def ball_limits(
+    kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], c: Scalar, xp: ModuleType
+) -> BallLimits:
+    """The guard bands of a ball of radius c for vectors of this dtype and length."""
+    error = norm_error(kind, shape, axes)
+    length = math.prod(shape[a] for a in axes)
+    coarse = math.sqrt(length) * kind.tiny  # the norm of all roundings near zero
+    largest = math.ldexp(1 - 2.0**-24, 128) if kind.compute == "float32" else math.ldexp(1 - 2.0**-53, 1024)
+    if isinstance(c, (int, float)):
+        if c * 2.0**-32 < FLOATS[kind.compute].tiny:
+            raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}")
+        c = min(float(c), largest)
+        fill = coarse > 2.5e-4 * c
+        target = max(c * (1 - 3 * error) - coarse, 0.0) / (1 + kind.unit)
+    else:
+        c = xp.astype(xp.asarray(c), getattr(xp, kind.compute))
+        c = xp.where(c > 0, c, xp.full_like(c, math.nan))  # never a silent no-op
+        fill = kind is FLOATS["float16"] and coarse > 2.5e-4 * 1e-3
+        target = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
+        target = xp.where(target < 0, xp.zeros_like(target), target)
+    if fill:
+        target = c * (1 - 4 * error)
+    return BallLimits(c * (1 - error), target, c * (1 - 3 * error), fill)
+
+
+def _scaled(x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
+    """x / r and r, the largest magnitude in each vector; zero and non-finite vectors are divided by 1."""
+    x = xp.astype(x, getattr(xp, float_type(x).compute), copy=False)
+    r = xp.max(xp.abs(x), axis=axes, keepdims=True)
+    return x / xp.where(xp.isfinite(r) & (r > 0), r, xp.ones_like(r)), r
+
+
+def _sum(x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:
+    """Sum over `axes` in a tree of blocks: error ≤ BLOCK · log_BLOCK(n) units, not n."""
+    for a in axes:
+        while x.shape[a] > BLOCK:
+            x = xp.sum(_blocks(x, a, BLOCK, xp), axis=a + 1)
+        x = xp.sum(x, axis=a, keepdims=True)
+    return x
+
+
+def _running_sum(x: Array, xp: ModuleType) -> Array:
+    """Cumulative sum over the last axis in two levels, for NumPy's own adds one entry after the other."""
+    within = xp.cumulative_sum(_blocks(x, x.ndim - 1, 1024, xp), axis=-1)
+    total = within[..., -1:]
+    running = within + (xp.cumulative_sum(total, axis=-2) - total)
+    return xp.reshape(running, (*x.shape[:-1], -1))[..., : x.shape[-1]]
+
+
+def _blocks(x: Array, axis: int, size: int, xp: ModuleType) -> Array:
+    """`axis` of length n as two axes (⌈n / size⌉, size), zeros at the end."""
+    n, before, after = x.shape[axis], x.shape[:axis], x.shape[axis + 1 :]
+    if n % size:
+        zeros = xp.zeros_like(x[(slice(None),) * axis + (slice(1),)])
+        x = xp.concat([x, xp.broadcast_to(zeros, (*before, -n % size, *after))], axis=axis)
+    return xp.reshape(x, (*before, -(-n // size), size, *after))
+
+
+def _root(square: Array, xp: ModuleType) -> Array:
+    """√square, with a derivative of 0 rather than NaN at 0."""
+    positive = square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, xp.ones_like(square))), square)
+
+
+def _fill(y: Array, inner: Scalar, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType, dtype: Any) -> Array:
+    """Round y to float16 towards zero, then give entries one subnormal step more, in order, while the norm allows it.
+
+    Where most entries are subnormal their spacing is coarse against the ball (c = 1e-3 over a million entries is 17
+    steps each): rounding them all alike would miss the bound by per cents.
+    """
+    step = 2.0**-24
+    shape = y.shape
+    rest = tuple(a for a in range(len(shape)) if a not in axes)
+    rows = math.prod(shape[a] for a in rest)
+    y = xp.reshape(xp.permute_dims(y, (*rest, *axes)), (rows, -1))
+    size = xp.abs(y)
+    coarse = size < 2.0**-14
+    normal = xp.astype(xp.astype(size * (1 - 2.0**-11), dtype), y.dtype)
+    low = xp.where(coarse, xp.floor(size / step) * step, normal)
+    gain = xp.where(coarse, (2 * low + step) * step, xp.zeros_like(low))
+    room = inner * inner - _sum(low * low, (1,), xp)
+    more = low + xp.where(coarse & (_running_sum(gain, xp) <= room), step, 0.0)
+    fits = _root(_sum(more * more, (1,), xp), xp) <= threshold  # the running sum rounds: keep what is proven
+    q = xp.astype(xp.where(y < 0, -1.0, 1.0) * xp.where(fits, more, low), dtype)
+    q = xp.reshape(q, tuple(shape[a] for a in (*rest, *axes)))
+    back = (*rest, *axes)
+    return xp.permute_dims(q, tuple(back.index(a) for a in range(len(shape))))

@@ -1,0 +1,130 @@
+"""Any `torch.optim.Optimizer` with a projection after its step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch.optim import Optimizer
+
+from projgd.torch import settings
+from projgd.torch.project import project_group
+
+
+class Projected(Optimizer):
+    """What `projected` puts in front of an optimizer class: settings in its groups, a projection after its step."""
+
+    inner: ClassVar[type[Optimizer]]
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        own = {k: kwargs.pop(k) for k in settings.KEYS if k in kwargs}
+        self._inherited = settings.settle(own, {})
+        super().__init__(params, *args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with `c`, `axis` or `constraint` of its own or the constructor's.
+
+        Raises:
+            TypeError, ValueError: what `projgd` or the optimizer cannot honour; nothing is added then.
+        """
+        group = dict(param_group)
+        group["params"] = _as_list(group["params"])
+        known = {"params", "param_names", "initial_lr", *settings.KEYS, *self.defaults}
+        if unknown := sorted(set(group) - known):
+            raise ValueError(f"a param group has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        group |= settings.settle(group, self._inherited)
+        settings.check(settings.constraint_of(group), _named(group, len(self.param_groups)))
+        super().add_param_group(group)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """The inner optimizer's own step, then the projection.
+
+        The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
+        every hook runs once, and a post-hook sees the projected weights.
+        """
+        inner: Any = self.inner.step
+        if getattr(inner, "hooked", False):
+            inner = inner.__wrapped__
+        loss = inner(self) if closure is None else inner(self, closure)
+        for group in self.param_groups:
+            project_group(group)
+        return cast("float | None", loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state in plain types, the constraints as their `config`."""
+        state = super().state_dict()
+        return {**state, "param_groups": [settings.to_plain(g) for g in state["param_groups"]]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from this class or from the stock optimizer; the latter keeps the present constraints."""
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):
+            saved = [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": saved})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inherited": self._inherited}
+
+    def __reduce__(self) -> Any:
+        return _blank, (self.inner,), self.__getstate__()
+
+
+def projected(cls: type[Optimizer]) -> type[Projected]:
+    """The optimizer class `cls` with a projection after every step.
+
+    The class returned takes everything that `cls` takes, and for all groups or in each group: `c=` (with `axis=`), the
+    max-norm bound; or `constraint=`; `c=None` frees a group. A group's own setting wins over the constructor's.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> opt = projected(torch.optim.RMSprop)(layer.parameters(), lr=0.1, c=1.0)
+    >>> layer(torch.ones(1, 3)).sum().backward()
+    >>> opt.step()
+    >>> bool((layer.weight.norm(dim=1) <= 1.0).all())
+    True
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise TypeError(f"projected() takes a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
+    return cls if issubclass(cls, Projected) else _subclass(cast("Any", cls))
+
+
+@functools.cache
+def _subclass(cls: Any) -> type[Projected]:
+    doc = f"`{cls.__module__}.{cls.__qualname__}` with a projection after every step; see `projgd.torch.projected`."
+    name = f"Projected{cls.__name__}"
+    return type(name, (Projected, cls), {"inner": cls, "__doc__": doc, "__module__": __name__})
+
+
+def _blank(cls: type[Optimizer]) -> Projected:
+    made = projected(cls)
+    return made.__new__(made)
+
+
+def _as_list(params: Any) -> Any:
+    if isinstance(params, torch.Tensor) or not isinstance(params, Iterable) or isinstance(params, set):
+        return params  # torch's own errors are clear here
+    return list(params)
+
+
+def _named(group: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
+    params = group["params"] if isinstance(group["params"], list) else [group["params"]]
+    names = group.get("param_names", [])
+    named: dict[str, torch.Tensor] = {}
+    for i, p in enumerate(params):
+        if isinstance(p, tuple):
+            named[p[0]] = p[1]
+        elif isinstance(p, torch.Tensor):
+            named[names[i] if i < len(names) else f"parameter {i} of group {index}"] = p
+    return named
+
+
+ProjectedSGD = projected(torch.optim.SGD)
+ProjectedAdam = projected(torch.optim.Adam)
+ProjectedAdamW = projected(torch.optim.AdamW)

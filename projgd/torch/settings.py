@@ -1,0 +1,97 @@
+"""What a param group says about its projection: the keys `c`, `axis`, `constraint`, `update` and `metric`.
+
+`c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the group as a number that may be
+moved during training, like `lr`; where `constraint` is given, its own `c`, if it has one, stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from projgd import projections
+from projgd.constraints import Constraint, MaxNorm, from_config
+
+KEYS = ("c", "axis", "constraint", "update", "metric")
+
+
+def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """All `KEYS` of a group, from what it says itself and, where it is silent, from the constructor's settings.
+
+    Raises:
+        TypeError: a constraint that is none.
+        ValueError: `c` and `constraint` both, `axis` beside `constraint`, or an unknown update or metric.
+    """
+    given = {k: own[k] for k in KEYS if k in own}
+    if given.get("c") is not None and given.get("constraint") is not None:
+        raise ValueError(f"pass c={given['c']} or constraint={given['constraint']}, not both")
+    if given.get("constraint") is not None and "axis" in given:
+        raise ValueError(f"axis= goes with c=; here write the axis into the constraint: {given['constraint']}")
+    settings: dict[str, Any] = {"update": None, "metric": "euclidean", "c": None, "constraint": None, "axis": "fan_in"}
+    settings |= {k: inherited[k] for k in KEYS if k in inherited}
+    if "c" in given or "constraint" in given:
+        settings["c"], settings["constraint"] = given.get("c"), given.get("constraint")
+        if settings["constraint"] is not None:
+            settings["axis"] = getattr(settings["constraint"], "axis", "fan_in")
+            settings["c"] = getattr(settings["constraint"], "c", None)
+    if "axis" in given:
+        settings["axis"] = given["axis"]
+        if settings["constraint"] is not None:  # the constructor's set, with this group's axis
+            settings["constraint"] = dataclasses.replace(settings["constraint"], axis=given["axis"])
+    settings |= {k: given[k] for k in ("update", "metric") if k in given}
+    if settings["constraint"] is not None and not isinstance(settings["constraint"], Constraint):
+        raise TypeError(f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0)")
+    if settings["update"] is not None:
+        raise ValueError(f"update={settings['update']!r} is not known: pass None, the update as it comes")
+    if settings["metric"] != "euclidean":
+        raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean"')
+    constraint_of(settings)  # c and axis are checked by making the constraint
+    return settings
+
+
+def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
+    """The constraint in force in a group now: its `c` may have moved since the group was made."""
+    constraint: Any = group["constraint"]
+    c = group["c"]
+    if constraint is None:
+        return None if c is None else MaxNorm(c, group["axis"])
+    if not hasattr(constraint, "c") or constraint.c == c:
+        return cast("Constraint", constraint)
+    return None if c is None else dataclasses.replace(constraint, c=c)
+
+
+def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what cannot be honoured, naming the parameter.
+
+    Raises:
+        TypeError: a parameter that is not a dense floating-point tensor of a known dtype.
+        ValueError: an uninitialised or expanded parameter, or an axis that it does not have.
+    """
+    if constraint is None:
+        return
+    for name, p in params.items():
+        if isinstance(p, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
+            raise ValueError(f"{name} is not initialised yet: run the lazy module once before making the optimizer")
+        projections.float_type(p, name)
+        if any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(
+                f"{name} is an expanded tensor (stride 0): its entries share memory; pass a .contiguous() one"
+            )
+        constraint.resolve(tuple(p.shape), "out_first", name)
+
+
+def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group for a checkpoint: the constraint as plain types."""
+    constraint = group["constraint"]
+    return {**group, "constraint": None if constraint is None else constraint.config()}
+
+
+def from_plain(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A group from a checkpoint; one that a stock optimizer wrote keeps the `current` settings."""
+    group = {**{k: current[k] for k in KEYS}, **saved}
+    if isinstance(group["constraint"], Mapping):
+        group["constraint"] = from_config(dict(group["constraint"]))
+    return group
