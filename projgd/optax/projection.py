@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from projgd import projections
-from projgd.axes import Axis
+from projgd.axes import Axis, Split
 from projgd.constraints import Constraint, MaxNorm, positive
 
 Schedule = Callable[[jax.Array], Any]
@@ -22,15 +22,17 @@ class ProjectionState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax's own states
 
 
-def maxnorm_projection(c: Any = 4.0, axis: Axis = "fan_in") -> optax.GradientTransformationExtraArgs:
+def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.GradientTransformationExtraArgs:
     """Change an update so that `optax.apply_updates` lands where every neuron has ‖w‖₂ ≤ c. Put it last in the chain.
 
     Args:
         c: the bound: a positive number, a traced array, or a schedule of the step.
-        axis: what makes one vector; `"fan_in"` reads (*kernel, in, out), all axes but the last.
+        axis: what makes one vector; `"fan_in"` reads (*kernel, in, out), all axes but the last. Or a tree of those with
+            the structure of the parameters, or of their upper part: `{"conv": (0, 1, 2), "embed": 1}`.
 
     Raises:
-        TypeError, ValueError: a `c` that is no positive number; at `init`, a leaf that cannot be constrained.
+        TypeError, ValueError: a `c` that is no positive number; at `init`, a leaf that cannot be constrained, or an
+            axis tree of another structure than the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(1.0), maxnorm_projection(c=1.0))
@@ -40,11 +42,15 @@ def maxnorm_projection(c: Any = 4.0, axis: Axis = "fan_in") -> optax.GradientTra
     Array([[0.6],
            [0.8]], dtype=float32)
     """
+
+    def at(c: Any) -> Any:
+        return jax.tree.map(lambda a: MaxNorm(c, a), axis, is_leaf=_is_axis)
+
     if callable(c):
-        MaxNorm(1.0, axis)  # the axis is checked now, c when the schedule is called
-        return _transformation(lambda count: MaxNorm(c(count), axis))
-    constraint = MaxNorm(positive("c", c), axis)
-    return _transformation(lambda count: constraint)
+        at(1.0)  # the axes are checked now, c when the schedule is called
+        return _transformation(lambda count: at(c(count)))
+    constraints = at(positive("c", c))
+    return _transformation(lambda count: constraints)
 
 
 def projection(constraint: Constraint) -> optax.GradientTransformationExtraArgs:
@@ -59,31 +65,46 @@ def projection(constraint: Constraint) -> optax.GradientTransformationExtraArgs:
     return _transformation(lambda count: constraint)
 
 
-def _transformation(constraint_at: Callable[[jax.Array], Constraint]) -> optax.GradientTransformationExtraArgs:
+def _transformation(constraints_at: Callable[[jax.Array], Any]) -> optax.GradientTransformationExtraArgs:
+    """The transformation for one constraint, or a tree of them (None: free) with the upper structure of the params."""
+
     def init(params: Any) -> ProjectionState:
         count = jnp.zeros((), jnp.int32)
-        constraint = constraint_at(count)
-        for path, p in jax.tree_util.tree_flatten_with_path(params, is_leaf=_absent)[0]:
-            if not _absent(p):
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                projections.float_type(jnp.asarray(p), name)
-                constraint.resolve(p.shape, "out_last", name)
+        jax.tree_util.tree_map_with_path(_check, params, _spread(constraints_at(count), params))
         return ProjectionState(count)
 
     def update(updates: Any, state: ProjectionState, params: Any = None, **extra: Any) -> tuple[Any, ProjectionState]:
         del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        constraint = constraint_at(state.count)
         projected = jax.tree.map(
-            lambda u, p: u if _absent(u) or _absent(p) else _project_update(u, p, constraint),
+            lambda u, p, constraint: u if any(map(_absent, (u, p, constraint))) else _project_update(u, p, constraint),
             updates,
             params,
+            _spread(constraints_at(state.count), params),
             is_leaf=_absent,
         )
         return projected, ProjectionState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _spread(constraints: Any, params: Any) -> Any:
+    """A constraint for every leaf of `params`."""
+    return jax.tree.broadcast(constraints, params, is_leaf=lambda x: x is None)
+
+
+def _check(path: Any, p: Any, constraint: Constraint | None) -> None:
+    if constraint is not None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        projections.float_type(jnp.asarray(p), name)
+        constraint.resolve(p.shape, "out_last", name)
+
+
+def _is_axis(axis: Any) -> bool:
+    """Whether `axis` is one axis setting, not a tree of them."""
+    ints = axis if isinstance(axis, (tuple, list)) else (axis,)
+    return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
 
 
 def _absent(leaf: Any) -> bool:
