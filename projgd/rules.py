@@ -29,10 +29,15 @@ def assign(rules: Rules, names: Iterable[str]) -> dict[str, Constraint | None]:
             raise TypeError(
                 f"the rule {pattern!r} holds {constraint!r}: pass a constraint such as MaxNorm(4.0), or None"
             )
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
             raise ValueError(f"the rule {pattern!r} matches no parameter; the nearest names are {', '.join(near)}")
     found: dict[str, Constraint | None] = {}
     for name in names:
-        found[name] = next((rules[pattern] for pattern in rules if fnmatchcase(name, pattern)), None)
+        found[name] = next((rules[pattern] for pattern in rules if matches(pattern, name)), None)
     return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a rule's pattern matches a full name."""
+    return fnmatchcase(name, pattern)

@@ -1,5 +1,45 @@
 """Projected optimizers for PyTorch."""
 
-from projgd.torch.optimizers import Projected, ProjectedAdam, ProjectedAdamW, ProjectedSGD, projected
+from projgd.torch.hooks import project_after_step
+from projgd.torch.layers import param_groups
+from projgd.torch.optimizers import (
+    Projected,
+    ProjectedAdadelta,
+    ProjectedAdafactor,
+    ProjectedAdagrad,
+    ProjectedAdam,
+    ProjectedAdamax,
+    ProjectedAdamW,
+    ProjectedASGD,
+    ProjectedLBFGS,
+    ProjectedMuon,
+    ProjectedNAdam,
+    ProjectedRAdam,
+    ProjectedRMSprop,
+    ProjectedRprop,
+    ProjectedSGD,
+    ProjectedSparseAdam,
+    projected,
+)
 
-__all__ = ["Projected", "ProjectedAdam", "ProjectedAdamW", "ProjectedSGD", "projected"]
+__all__ = [
+    "Projected",
+    "ProjectedASGD",
+    "ProjectedAdadelta",
+    "ProjectedAdafactor",
+    "ProjectedAdagrad",
+    "ProjectedAdam",
+    "ProjectedAdamW",
+    "ProjectedAdamax",
+    "ProjectedLBFGS",
+    "ProjectedMuon",
+    "ProjectedNAdam",
+    "ProjectedRAdam",
+    "ProjectedRMSprop",
+    "ProjectedRprop",
+    "ProjectedSGD",
+    "ProjectedSparseAdam",
+    "param_groups",
+    "project_after_step",
+    "projected",
+]

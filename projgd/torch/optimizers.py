@@ -12,6 +12,10 @@ from torch.optim import Optimizer
 from projgd.torch import settings
 from projgd.torch.project import project_group
 
+# Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
+_FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "swa_lr", "min_lr", "max_lr", "lr_scale"}
+_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
+
 
 class Projected(Optimizer):
     """What `projected` puts in front of an optimizer class: settings in its groups, a projection after its step."""
@@ -27,6 +31,7 @@ class Projected(Optimizer):
         own = {k: kwargs.pop(k) for k in settings.KEYS if k in kwargs}
         self._inherited = settings.settle(own, {})
         super().__init__(params, *args, **kwargs)
+        self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with `c`, `axis` or `constraint` of its own or the constructor's.
@@ -36,14 +41,15 @@ class Projected(Optimizer):
         """
         group = dict(param_group)
         group["params"] = _as_list(group["params"])
-        known = {"params", "param_names", "initial_lr", *settings.KEYS, *self.defaults}
-        if unknown := sorted(set(group) - known):
+        known = {*settings.KEYS, *self.defaults, *_FOREIGN_KEYS}
+        # An optimizer without defaults keeps all that it knows in its groups: what is unknown to it cannot be told.
+        if self.defaults and (unknown := sorted(set(group) - known)):
             raise ValueError(f"a param group has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         group |= settings.settle(group, self._inherited)
-        settings.check(settings.constraint_of(group), _named(group, len(self.param_groups)))
+        settings.check(settings.constraint_of(group), settings.named(group, len(self.param_groups)))
         super().add_param_group(group)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """The inner optimizer's own step, then the projection.
 
         The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
@@ -52,10 +58,11 @@ class Projected(Optimizer):
         inner: Any = self.inner.step
         if getattr(inner, "hooked", False):
             inner = inner.__wrapped__
-        loss = inner(self) if closure is None else inner(self, closure)
-        for group in self.param_groups:
-            project_group(group)
-        return cast("float | None", loss)
+        loss = inner(self, **kwargs) if closure is None else inner(self, closure, **kwargs)
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            for group in self.param_groups:
+                project_group(group, getattr(self, "found_inf", None))
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state in plain types, the constraints as their `config`."""
@@ -70,9 +77,12 @@ class Projected(Optimizer):
         super().load_state_dict({**state_dict, "param_groups": saved})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_inherited": self._inherited}
+        """What torch keeps, and what the inner class's constructor set beside it: torch drops that from copies."""
+        return {**super().__getstate__(), **{k: vars(self)[k] for k in self._made_with}, "_made_with": self._made_with}
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not projected(self.inner):  # a subclass that somebody wrote: found by its own name
+            return super().__reduce_ex__(protocol)
         return _blank, (self.inner,), self.__getstate__()
 
 
@@ -98,8 +108,8 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
 @functools.cache
 def _subclass(cls: Any) -> type[Projected]:
     doc = f"`{cls.__module__}.{cls.__qualname__}` with a projection after every step; see `projgd.torch.projected`."
-    name = f"Projected{cls.__name__}"
-    return type(name, (Projected, cls), {"inner": cls, "__doc__": doc, "__module__": __name__})
+    module = __name__ if cls.__module__.startswith("torch.optim") else cls.__module__
+    return type(f"Projected{cls.__name__}", (Projected, cls), {"inner": cls, "__doc__": doc, "__module__": module})
 
 
 def _blank(cls: type[Optimizer]) -> Projected:
@@ -113,18 +123,18 @@ def _as_list(params: Any) -> Any:
     return list(params)
 
 
-def _named(group: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
-    params = group["params"] if isinstance(group["params"], list) else [group["params"]]
-    names = group.get("param_names", [])
-    named: dict[str, torch.Tensor] = {}
-    for i, p in enumerate(params):
-        if isinstance(p, tuple):
-            named[p[0]] = p[1]
-        elif isinstance(p, torch.Tensor):
-            named[names[i] if i < len(names) else f"parameter {i} of group {index}"] = p
-    return named
-
-
-ProjectedSGD = projected(torch.optim.SGD)
+ProjectedAdadelta = projected(torch.optim.Adadelta)
+ProjectedAdafactor = projected(torch.optim.Adafactor)
+ProjectedAdagrad = projected(torch.optim.Adagrad)
 ProjectedAdam = projected(torch.optim.Adam)
 ProjectedAdamW = projected(torch.optim.AdamW)
+ProjectedAdamax = projected(torch.optim.Adamax)
+ProjectedASGD = projected(torch.optim.ASGD)
+ProjectedLBFGS = projected(torch.optim.LBFGS)
+ProjectedMuon = projected(torch.optim.Muon)
+ProjectedNAdam = projected(torch.optim.NAdam)
+ProjectedRAdam = projected(torch.optim.RAdam)
+ProjectedRMSprop = projected(torch.optim.RMSprop)
+ProjectedRprop = projected(torch.optim.Rprop)
+ProjectedSGD = projected(torch.optim.SGD)
+ProjectedSparseAdam = projected(torch.optim.SparseAdam)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -12,19 +12,27 @@ from projgd.constraints import Constraint
 from projgd.torch.settings import constraint_of
 
 
-@torch.no_grad()
-def project_group(group: Mapping[str, Any]) -> None:
-    """Project every parameter of a param group that has a gradient."""
-    constraint = constraint_of(group)
-    if constraint is None:
-        return
-    for p in group["params"]:
-        if p.grad is not None:
-            project_(p, constraint)
+def project_group(group: Mapping[str, Any], skip: torch.Tensor | None = None) -> None:
+    """Project the parameters of a param group that have a gradient, and with `without_grad` all of them."""
+    params = group["params"] if group["without_grad"] else [p for p in group["params"] if p.grad is not None]
+    project_params(params, constraint_of(group), skip)
 
 
-def project_(p: torch.Tensor, constraint: Constraint) -> None:
+def project_params(
+    params: Iterable[torch.Tensor], constraint: Constraint | None, skip: torch.Tensor | None = None
+) -> None:
+    """Project parameters in place; not where `skip`, GradScaler's count of gradients with inf or NaN, is positive."""
+    if constraint is not None:
+        for p in params:
+            project_(p, constraint, skip)
+
+
+def project_(p: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None = None) -> None:
     """Project one parameter in place."""
     vectors = constraint.resolve(tuple(p.shape), "out_first")
-    if vectors is not None:
-        p.copy_(constraint.onto(p.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape))
+    if vectors is None:
+        return
+    projection = constraint.onto(p.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape)
+    if skip is not None:  # chosen on the device: reading `skip` here would wait for it
+        projection = torch.where(skip.to(p.device) > 0, p, projection)
+    p.copy_(projection)

@@ -1,4 +1,5 @@
-"""What a param group says about its projection: the keys `c`, `axis`, `constraint`, `update` and `metric`.
+"""What a param group says about its projection: the keys `c`, `axis`, `constraint`, `update`, `metric`,
+and `without_grad`: whether parameters without a gradient are projected too.
 
 `c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the group as a number that may be
 moved during training, like `lr`; where `constraint` is given, its own `c`, if it has one, stands there.
@@ -11,11 +12,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from projgd import projections
 from projgd.constraints import Constraint, MaxNorm, from_config
+from projgd.torch import sharded
 
-KEYS = ("c", "axis", "constraint", "update", "metric")
+KEYS = ("c", "axis", "constraint", "update", "metric", "without_grad")
 
 
 def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
     if given.get("constraint") is not None and "axis" in given:
         raise ValueError(f"axis= goes with c=; here write the axis into the constraint: {given['constraint']}")
     settings: dict[str, Any] = {"update": None, "metric": "euclidean", "c": None, "constraint": None, "axis": "fan_in"}
+    settings["without_grad"] = False
     settings |= {k: inherited[k] for k in KEYS if k in inherited}
     if "c" in given or "constraint" in given:
         settings["c"], settings["constraint"] = given.get("c"), given.get("constraint")
@@ -41,7 +45,7 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         settings["axis"] = given["axis"]
         if settings["constraint"] is not None:  # the constructor's set, with this group's axis
             settings["constraint"] = dataclasses.replace(settings["constraint"], axis=given["axis"])
-    settings |= {k: given[k] for k in ("update", "metric") if k in given}
+    settings |= {k: given[k] for k in ("update", "metric", "without_grad") if k in given}
     if settings["constraint"] is not None and not isinstance(settings["constraint"], Constraint):
         raise TypeError(f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0)")
     if settings["update"] is not None:
@@ -73,14 +77,45 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor]) -> 
     if constraint is None:
         return
     for name, p in params.items():
-        if isinstance(p, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
-            raise ValueError(f"{name} is not initialised yet: run the lazy module once before making the optimizer")
+        refuse_lazy(p, name)
+        _refuse_unmeasurable(p, name)
         projections.float_type(p, name)
         if any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
                 f"{name} is an expanded tensor (stride 0): its entries share memory; pass a .contiguous() one"
             )
         constraint.resolve(tuple(p.shape), "out_first", name)
+
+
+def named(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:
+    """The parameters of a group by name; those without one by their place."""
+    params = group["params"] if isinstance(group["params"], list) else [group["params"]]
+    names = group.get("param_names", [])
+    found: dict[str, torch.Tensor] = {}
+    for i, p in enumerate(params):
+        if isinstance(p, tuple):
+            found[p[0]] = p[1]
+        elif isinstance(p, torch.Tensor):
+            found[names[i] if i < len(names) else f"parameter {i} of group {index}"] = p
+    return found
+
+
+def refuse_lazy(p: torch.Tensor, name: str) -> None:
+    """Raise ValueError if `p` has no shape yet."""
+    if torch.nn.parameter.is_lazy(p):
+        raise ValueError(f"{name} is not initialised yet: run the lazy module once before making the optimizer")
+
+
+def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
+    if getattr(p, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{name} was flattened by FullyShardedDataParallel, and its rows cannot be told apart: "
+            "shard the model with torch.distributed.fsdp.fully_shard instead"
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"{name} is a {str(p.layout).removeprefix('torch.')} tensor: only dense ones can be projected")
+    if is_traceable_wrapper_subclass(p) and not sharded.is_dtensor(p):
+        raise TypeError(f"{name} is a {type(p).__name__}, a tensor subclass whose norms projgd cannot measure")
 
 
 def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""The projection as a hook, for an optimizer that exists already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from projgd import rules
+from projgd.constraints import Constraint
+from projgd.rules import Rules
+from projgd.torch import layers, settings
+from projgd.torch.project import project_params
+
+Plan = list[list[Constraint | None]]  # the constraint of each parameter, by its place in `optimizer.param_groups`
+
+
+def project_after_step(
+    optimizer: Optimizer,
+    constraint: Constraint | Rules,
+    model: torch.nn.Module | None = None,
+    *,
+    without_grad: bool = False,
+) -> RemovableHandle:
+    """Project after every step of an optimizer that exists already; `handle.remove()` ends that.
+
+    Args:
+        optimizer: any optimizer; its state and param groups are left alone.
+        constraint: one for all its parameters, or rules over their names.
+        model: where the names come from, and what one neuron is in each layer (see `param_groups`). Without it the
+            names are those that the optimizer was given (`model.named_parameters()`), and a weight is read as
+            (out, in, *kernel).
+        without_grad: project also parameters that have no gradient.
+
+    A pickle or a deep copy of an optimizer has no hooks, so neither keeps this one: use `projected` there.
+
+    Raises:
+        TypeError: not an optimizer or a constraint, or a parameter whose dtype has no projection.
+        ValueError: a rule that matches nothing, an axis that a parameter does not have, rules without names.
+
+    >>> from projgd import MaxNorm
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> opt = torch.optim.SGD(layer.parameters(), lr=10.0)
+    >>> handle = project_after_step(opt, MaxNorm(1.0))
+    >>> layer(torch.ones(1, 3)).sum().backward()
+    >>> opt.step()
+    >>> bool((layer.weight.norm(dim=1) <= 1.0).all())
+    True
+    """
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"project_after_step() takes a torch.optim.Optimizer, not {type(optimizer).__name__}; "
+            "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
+        )
+    plan = _plan(optimizer, constraint, model)
+
+    def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal plan
+        if [len(g["params"]) for g in optimizer.param_groups] != [len(p) for p in plan]:
+            plan = _plan(optimizer, constraint, model)
+        skip = getattr(optimizer, "found_inf", None)
+        with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+            for group, constraints in zip(optimizer.param_groups, plan, strict=True):
+                chosen: dict[Constraint, list[torch.Tensor]] = {}
+                for p, own in zip(group["params"], constraints, strict=True):
+                    if own is not None and (without_grad or p.grad is not None):
+                        chosen.setdefault(own, []).append(p)
+                for own, params in chosen.items():
+                    project_params(params, own, skip)
+
+    return optimizer.register_step_post_hook(project)
+
+
+def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Plan:
+    """By places, not by tensors: a wrapper such as Accelerate's for FSDP2 puts other tensors there later."""
+    if not isinstance(constraint, (Constraint, Mapping)):
+        raise TypeError(
+            f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
+        )
+    named = [settings.named(group, i) for i, group in enumerate(optimizer.param_groups)]
+    if model is not None:
+        wanted = layers.constraints(model, constraint)
+        of_tensor = {id(p): wanted[name] for name, p in model.named_parameters()}
+        plan = [[of_tensor.get(id(p)) for p in group.values()] for group in named]
+    elif isinstance(constraint, Mapping):
+        if not all("param_names" in group for group in optimizer.param_groups):
+            raise ValueError(
+                "rules need names: pass model= here, or make the optimizer from model.named_parameters() "
+                "instead of model.parameters()"
+            )
+        of_name = rules.assign(constraint, [name for group in named for name in group])
+        plan = [[of_name[name] for name in group] for group in named]
+    else:
+        plan = [[constraint] * len(group) for group in named]
+    for group, constraints in zip(named, plan, strict=True):
+        for (name, p), own in zip(group.items(), constraints, strict=True):
+            settings.check(own, {name: p})
+    return plan

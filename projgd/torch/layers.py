@@ -1,0 +1,219 @@
+"""Which weights enter one neuron, layer by layer of torch.nn, and the param groups that follow.
+
+A neuron's fan-in is what the arithmetic says: the weights that one pre-activation output unit depends on. A unit of a
+convolution is one channel, at all positions. A token's vector is one vector of an embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from projgd import rules
+from projgd.axes import Split
+from projgd.constraints import Constraint
+from projgd.rules import Rules
+from projgd.torch import settings
+
+FREE = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+OUT_FIRST = (
+    nn.Linear,
+    nn.Bilinear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+
+
+def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_options: Any) -> list[dict[str, Any]]:
+    """Param groups of a projected optimizer, with the axes that each layer's own arithmetic asks for.
+
+    Args:
+        model: any module.
+        constraint: one for all weights of the model (biases and norm layers are free), or rules: patterns over
+            the names of `model.named_parameters()`, the first match wins and what none matches is free. An explicit
+            axis in a constraint is taken as it stands; "fan_in" is the layer's.
+        **group_options: other keys for every group, such as `lr` or `weight_decay`.
+
+    Returns:
+        One group for each distinct constraint and one for the free parameters, in the order of the model. A weight
+        that several layers share appears once.
+
+    Raises:
+        TypeError: not a constraint, or a parameter whose dtype has no projection.
+        ValueError: a rule that matches no parameter, or none with a fan-in; an axis that a parameter does not have;
+            a lazy layer that has not run yet; a weight shared by layers whose arithmetic differs.
+
+    Warns:
+        UserWarning: a parametrized weight, where a bound on the tensor that the optimizer owns is not one on the
+            effective weight; a parameter of a layer that is not torch.nn's, which is read as (out, in, *kernel).
+
+    >>> from projgd import MaxNorm
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ConvTranspose1d(4, 6, 3, groups=2))
+    >>> for group in param_groups(model, MaxNorm(3.0), lr=0.1):
+    ...     print(group["param_names"], group["constraint"])
+    ['0.weight'] MaxNorm(c=3.0, axis='fan_in')
+    ['0.bias', '1.bias'] None
+    ['1.weight'] MaxNorm(c=3.0, axis=Split(dim=0, parts=2, over=(1, 3)))
+    """
+    groups: dict[Constraint | None, dict[str, Any]] = {}
+    params = dict(model.named_parameters())
+    for name, own in constraints(model, constraint).items():
+        settings.check(own, {name: params[name]})
+        if own not in groups:
+            groups[own] = {"params": [], "param_names": [], "constraint": own, **group_options}
+        groups[own]["params"].append(params[name])
+        groups[own]["param_names"].append(name)
+    return list(groups.values())
+
+
+def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, Constraint | None]:
+    """The constraint of every parameter of `model`, its axes those of the layer; raises and warns as `param_groups`."""
+    places: dict[str, list[_Place]] = {}
+    first = {id(p): name for name, p in model.named_parameters()}
+    for place in _places(model):
+        places.setdefault(first[id(place.param)], []).append(place)
+    wanted = _wanted(constraint, {name: places[name] for name in first.values()})
+    for name, own in wanted.items():
+        if own is not None:
+            settings.refuse_lazy(places[name][0].param, name)
+    chosen = {name: _with_axis(own, places[name]) for name, own in wanted.items()}
+    if isinstance(constraint, Mapping):
+        _refuse_idle_rules(constraint, wanted, chosen)
+    _warn(places, wanted, chosen)
+    return chosen
+
+
+def fan_in(layer: nn.Module, name: str, ndim: int) -> tuple[int, ...] | Split | None:
+    """Over which axes of the parameter `name` of `layer` the weights of one neuron lie; None where it has no fan-in."""
+    if ndim < 2 or name.startswith("bias") or isinstance(layer, FREE):
+        return None
+    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, *kernel), the groups laid along `in`
+        if layer.groups == 1:
+            return (0, *range(2, ndim))
+        return Split(0, layer.groups, (1, *range(3, ndim + 1)))
+    if _is_conv1d_of_transformers(layer):  # GPT-2's linear layer, (in, out)
+        return (0,)
+    return tuple(range(1, ndim))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A parameter in one layer of the model; a shared one has several places."""
+
+    name: str  # in the model
+    param: nn.Parameter
+    layer: nn.Module
+    own_name: str  # in the layer: of a parametrized tensor, that tensor's
+    indirect: bool = False  # something is made from it, and a bound on it is no bound on that
+
+    @property
+    def known(self) -> bool:
+        return isinstance(self.layer, (*FREE, *OUT_FIRST)) or _is_conv1d_of_transformers(self.layer)
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        for own_name, p in module._parameters.items():
+            if p is None:
+                continue
+            name = f"{path}.{own_name}" if path else own_name
+            if isinstance(module, ParametrizationList):
+                *above, _, tensor = path.split(".")
+                layer = modules[".".join(above)]
+                by_rows = fan_in(layer, tensor, p.ndim) == tuple(range(1, p.ndim))
+                yield _Place(name, p, layer, tensor, indirect=not (by_rows and _is_gain(module, own_name)))
+            else:
+                made = (
+                    own_name.removesuffix("_orig").removesuffix("_g").removesuffix("_v")
+                )  # torch.nn.utils' older ways
+                old_way = made != own_name and hasattr(module, made) and not hasattr(module, f"{made}_mask")
+                yield _Place(name, p, module, own_name, old_way)
+
+
+def _fan_in(place: _Place) -> tuple[int, ...] | Split | None:
+    ndim = 2 if is_lazy(place.param) and "bias" not in place.own_name else place.param.ndim
+    return fan_in(place.layer, place.own_name, ndim)
+
+
+def _is_gain(module: ParametrizationList, own_name: str) -> bool:
+    """Whether a parametrized tensor is weight_norm's g: the norms themselves of the rows of the weight."""
+    made_by = module[0]
+    return own_name == "original0" and type(made_by).__name__ == "_WeightNorm" and bool(made_by.dim == 0)
+
+
+def _wanted(constraint: Constraint | Rules, places: Mapping[str, list[_Place]]) -> dict[str, Constraint | None]:
+    if isinstance(constraint, Constraint):
+        return {name: None if all(_fan_in(p) is None for p in here) else constraint for name, here in places.items()}
+    if not isinstance(constraint, Mapping):
+        raise TypeError(
+            f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
+        )
+    shared = {p.name: name for name, here in places.items() for p in here if p.name != name}
+    for pattern in constraint:
+        if pattern in shared:
+            raise ValueError(f"the rule {pattern!r} names a shared parameter: use its first name, {shared[pattern]!r}")
+    return rules.assign(constraint, places)
+
+
+def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | None:
+    if getattr(own, "axis", None) != "fan_in":
+        return own
+    found = {_fan_in(p) for p in places}
+    if len(found) > 1:
+        raise ValueError(
+            f"{' and '.join(p.name for p in places)} are one tensor whose neurons lie along different axes in the "
+            "layers that share it: give the constraint of its rule an explicit axis"
+        )
+    (axis,) = found
+    if axis is None:
+        return None
+    if axis == tuple(range(1, places[0].param.ndim)):
+        return own  # what "fan_in" says of any array: layers of all ranks in one group
+    return dataclasses.replace(own, axis=axis)  # type: ignore[type-var]
+
+
+def _refuse_idle_rules(
+    given: Rules, wanted: Mapping[str, Constraint | None], chosen: Mapping[str, Constraint | None]
+) -> None:
+    for pattern, constraint in given.items():
+        names = [n for n in wanted if rules.matches(pattern, n)]
+        if constraint is not None and all(wanted[n] is not None and chosen[n] is None for n in names):
+            raise ValueError(
+                f"the rule {pattern!r} matches only parameters without a fan-in, such as {names[0]!r}: "
+                "give its constraint an explicit axis (None: the whole array is one vector)"
+            )
+
+
+def _warn(
+    places: Mapping[str, list[_Place]], wanted: Mapping[str, Constraint | None], chosen: Mapping[str, Constraint | None]
+) -> None:
+    held = [(name, p) for name, here in places.items() for p in here if chosen[name] is not None]
+    if indirect := [name for name, p in held if p.indirect]:
+        warnings.warn(
+            f"{', '.join(indirect)}: the constraint holds for this tensor, which the optimizer owns, not for the "
+            "effective weight that the parametrization makes from it",
+            stacklevel=4,
+        )
+    if unknown := [name for name, p in held if not p.known and getattr(wanted[name], "axis", None) == "fan_in"]:
+        warnings.warn(
+            f"{', '.join(unknown)}: not a weight of a layer that projgd knows, read as (out, in, *kernel); "
+            "a rule with an explicit axis settles it",
+            stacklevel=4,
+        )
+
+
+def _is_conv1d_of_transformers(layer: nn.Module) -> bool:
+    return any((c.__module__, c.__qualname__) == ("transformers.pytorch_utils", "Conv1D") for c in type(layer).__mro__)

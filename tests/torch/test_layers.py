@@ -1,0 +1,399 @@
+"""What one neuron is, layer by layer: measured with autograd, then the projection of exactly those weights."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from projgd import MaxNorm, NonNegative
+from projgd.torch import ProjectedSGD, param_groups
+
+
+def units_of_last_axis(layer, *inputs):
+    return torch.movedim(layer(*inputs), -1, 0)
+
+
+def channels(layer, *inputs):
+    return torch.movedim(layer(*inputs), 1, 0)
+
+
+def tokens(layer, vocabulary):
+    return layer(torch.arange(vocabulary)[:, None]).reshape(vocabulary, -1)
+
+
+def masks_by_output(units, weight):
+    """For every output unit, the entries of `weight` that it depends on at any position."""
+    found = []
+    for unit in units:
+        (g,) = torch.autograd.grad((unit * torch.randn_like(unit)).sum(), weight, retain_graph=True)
+        found.append((g != 0).numpy())
+    return found
+
+
+def held(layer, constraint):
+    """The layer's parameters before and after one step of SGD with zero gradients."""
+    before = {name: p.detach().numpy().copy() for name, p in layer.named_parameters()}
+    optimizer = ProjectedSGD(param_groups(layer, constraint), lr=1.0)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return before, {name: p.detach().numpy() for name, p in layer.named_parameters()}
+
+
+def check_neurons(layer, **masks):
+    """The masks cut each weight into neurons, every one of which is projected by itself; all else is free."""
+    params = {name: p.detach().numpy() for name, p in layer.named_parameters()}
+    norms = [np.linalg.norm(params[name][mask]) for name, cut in masks.items() for mask in cut]
+    c = float(np.median(norms)) * (1 + 1e-9)
+    assert min(norms) < c < max(norms)
+    before, after = held(layer, MaxNorm(c))
+    for name, cut in masks.items():
+        np.testing.assert_array_equal(np.sum(cut, axis=0), 1)
+        for mask in cut:
+            expected = before[name][mask] * min(1, c / np.linalg.norm(before[name][mask]))
+            np.testing.assert_allclose(after[name][mask], expected, rtol=1e-12)
+            assert np.linalg.norm(after[name][mask]) <= c
+    for name in before.keys() - masks.keys():
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def conv(kind, dim, **options):
+    return getattr(nn, f"{kind}{dim}d")(4, 6, 3, dtype=torch.float64, **options)
+
+
+def image(dim):
+    return torch.randn(2, 4, *(5,) * dim, dtype=torch.float64)
+
+
+CONVOLUTIONS = {
+    f"{kind}{dim}d {options}": (kind, dim, options)
+    for kind in ("Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose")
+    for dim in (1, 2, 3)
+    for options in ({}, {"groups": 2}, {"stride": 2, "padding": 1})
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions(case):
+    torch.manual_seed(0)
+    kind, dim, options = CONVOLUTIONS[case]
+    if kind.startswith("Lazy"):
+        layer = getattr(nn, f"{kind}{dim}d")(6, 3, dtype=torch.float64, **options)
+        with pytest.raises(ValueError, match="weight is not initialised yet"):
+            param_groups(layer, MaxNorm(0.5))
+        layer(image(dim))
+    else:
+        layer = conv(kind, dim, **options)
+    masks = masks_by_output(channels(layer, image(dim)), layer.weight)
+    check_neurons(layer, weight=masks)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+def test_depthwise(kind):
+    torch.manual_seed(0)
+    layer = getattr(nn, f"{kind}2d")(4, 8, 3, groups=4, dtype=torch.float64)
+    masks = masks_by_output(channels(layer, image(2)), layer.weight)
+    check_neurons(layer, weight=masks)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (nn.Linear(5, 7), [(3, 5)]),
+        (nn.LazyLinear(7), [(3, 5)]),
+        (nn.Bilinear(3, 4, 7), [(2, 3), (2, 4)]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_dense(layer, inputs):
+    torch.manual_seed(0)
+    layer = layer.double()
+    inputs = [torch.randn(s, dtype=torch.float64) for s in inputs]
+    layer(*inputs)
+    masks = masks_by_output(units_of_last_axis(layer, *inputs), layer.weight)
+    check_neurons(layer, weight=masks)
+
+
+def test_linear_of_transformers_is_in_first():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    layer = conv1d(7, 5).double()
+    masks = masks_by_output(units_of_last_axis(layer, torch.randn(3, 5, dtype=torch.float64)), layer.weight)
+    check_neurons(layer, weight=masks)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_have_one_vector_per_token(kind):
+    torch.manual_seed(0)
+    layer = kind(9, 4, dtype=torch.float64)
+    masks = masks_by_output(tokens(layer, 9), layer.weight)
+    check_neurons(layer, weight=masks)
+
+
+RECURRENT = {
+    "RNN": (nn.RNN, {}),
+    "LSTM": (nn.LSTM, {}),
+    "LSTM both ways": (nn.LSTM, {"bidirectional": True}),
+    "GRU": (nn.GRU, {}),
+    "RNNCell": (nn.RNNCell, {}),
+    "LSTMCell": (nn.LSTMCell, {}),
+    "GRUCell": (nn.GRUCell, {}),
+}
+
+
+@pytest.mark.parametrize("case", RECURRENT)
+def test_recurrent_layers(case):
+    """A gate's neuron is found by its bias: W[r, k] belongs to neuron r where ∂y/∂W[r, k] = x_k ∂y/∂b_r for all y."""
+    torch.manual_seed(0)
+    kind, options = RECURRENT[case]
+    layer = kind(3, 4, dtype=torch.float64, **options)
+    cell, ways = isinstance(layer, nn.RNNCellBase), 2 if options else 1
+    x = torch.randn((1, 3) if cell else (1, 1, 3), dtype=torch.float64)
+    h = torch.randn((1, 4) if cell else (ways, 1, 4), dtype=torch.float64)
+    out = layer(x, (h, torch.randn_like(h)) if "LSTM" in case else h)
+    if cell:
+        out = torch.cat(out) if isinstance(out, tuple) else out
+    else:
+        out = torch.cat([out[0].flatten(), *(t.flatten() for t in (out[1] if "LSTM" in case else (out[1],)))])
+    params = dict(layer.named_parameters())
+    grads = {
+        n: torch.stack([torch.autograd.grad(o, p, retain_graph=True)[0] for o in out.flatten()])
+        for n, p in params.items()
+    }
+    masks = {}
+    for name in [n for n in params if n.startswith("weight")]:
+        g_bias = grads[name.replace("weight", "bias")]
+        entering = x.flatten() if "_ih" in name else h.reshape(ways, 4)[int(name.endswith("reverse"))]
+        by_bias = g_bias[:, :, None, None] * entering  # (outputs, neurons, 1, inputs), against the weight's own
+        match = ((grads[name][:, None] - by_bias).abs() <= 1e-12).all(0) & (grads[name] != 0).any(0)
+        masks[name] = list(match.numpy())
+    check_neurons(layer, **masks)
+
+
+def test_deeper_recurrent_layers_are_alike():
+    shapes = {n: p.shape for n, p in nn.LSTM(3, 4, num_layers=2).named_parameters()}
+    layer = nn.LSTM(3, 4, num_layers=2)
+    before, after = held(layer, MaxNorm(0.3))
+    for name in (n for n in shapes if n.startswith("weight")):
+        norms = np.linalg.norm(before[name].astype(np.float64), axis=1, keepdims=True)
+        np.testing.assert_allclose(after[name], before[name] * np.minimum(1, 0.3 / norms), rtol=1e-5)
+
+
+def test_projections_of_an_lstm_are_neurons_too():
+    torch.manual_seed(0)
+    layer = nn.LSTM(3, 4, proj_size=2, dtype=torch.float64)
+    h, c = torch.randn(1, 1, 2, dtype=torch.float64), torch.randn(1, 1, 4, dtype=torch.float64)
+    out, _ = layer(torch.randn(1, 1, 3, dtype=torch.float64), (h, c))
+    masks = masks_by_output(out.flatten(), layer.weight_hr_l0)
+    gates = {n: [np.arange(16)[:, None] == r for r in range(16)] for n in ("weight_ih_l0", "weight_hh_l0")}
+    gates = {n: [np.broadcast_to(m, layer.get_parameter(n).shape) for m in cut] for n, cut in gates.items()}
+    check_neurons(layer, weight_hr_l0=masks, **gates)
+
+
+@pytest.mark.parametrize(
+    "case", ["packed", "separate", "encoder", "decoder", "transformer", "packed with bias_kv"], ids=str
+)
+def test_attention(case, monkeypatch):
+    """Every output of every linear map inside, for inputs of its own."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    if case == "packed":
+        layer, inputs = nn.MultiheadAttention(8, 2), (x, x, x)
+    elif case == "packed with bias_kv":
+        layer, inputs = nn.MultiheadAttention(8, 2, add_bias_kv=True), (x, x, x)
+    elif case == "separate":
+        layer = nn.MultiheadAttention(8, 2, kdim=5, vdim=6)
+        inputs = (x, torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64))
+    elif case == "encoder":
+        layer, inputs = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, 0.0), 2, None, False), (x,)
+    elif case == "decoder":
+        layer, inputs = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12, 0.0), 1), (x, x)
+    else:
+        layer, inputs = nn.Transformer(8, 2, 1, 1, 12, 0.0, batch_first=True), (x, x)
+    layer = layer.double().train()
+    seen = []
+    linear = nn.functional.linear
+
+    def recording(entering, weight, bias=None):
+        seen.append(linear(torch.randn_like(entering), weight, bias))
+        return linear(entering.detach(), weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", recording)
+    layer(*inputs)
+    masks = {}
+    for name, p in layer.named_parameters():
+        if name.endswith("weight") and p.ndim == 2:
+            masks[name] = []
+            for out in seen:
+                for unit in torch.movedim(out, -1, 0):
+                    cotangent = torch.randn_like(unit)
+                    (g,) = torch.autograd.grad(unit, p, cotangent, retain_graph=True, allow_unused=True)
+                    if g is not None and bool((g != 0).any()):
+                        masks[name].append((g != 0).numpy())
+    assert len(masks) == {"separate": 4, "encoder": 8, "decoder": 6, "transformer": 10}.get(case, 2)
+    check_neurons(layer, **masks)
+
+
+NORMS = [
+    nn.BatchNorm1d(4),
+    nn.BatchNorm2d(4),
+    nn.BatchNorm3d(4),
+    nn.SyncBatchNorm(4),
+    nn.InstanceNorm2d(4, affine=True),
+    nn.GroupNorm(2, 4),
+    nn.LayerNorm((4, 3, 3)),
+    nn.RMSNorm((4, 3)),
+    nn.PReLU(4),
+]
+
+
+@pytest.mark.parametrize("layer", NORMS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("constraint", [MaxNorm(0.01), NonNegative()], ids=str)
+def test_norm_layers_and_biases_are_free(layer, constraint):
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(-5.0)
+    before, after = held(layer, constraint)
+    for name, was in before.items():
+        np.testing.assert_array_equal(was, after[name])
+
+
+def test_every_layer_of_torch_nn_with_weights_is_known():
+    """No layer that torch may add later is read by convention without a warning of ours that says so."""
+    known = {
+        "Linear",
+        "Bilinear",
+        "Embedding",
+        "EmbeddingBag",
+        "RNNBase",
+        "RNN",
+        "LSTM",
+        "GRU",
+        "RNNCellBase",
+        "RNNCell",
+    }
+    known |= {"LSTMCell", "GRUCell", "MultiheadAttention", "PReLU"}
+    composed = {"Transformer", "TransformerEncoder", "TransformerDecoder", "TransformerEncoderLayer"}
+    composed |= {"TransformerDecoderLayer", "AdaptiveLogSoftmaxWithLoss"}
+    own = set()
+    for name, kind in vars(nn).items():
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            notes = {k for c in kind.__mro__ for k in getattr(c, "__annotations__", {})}
+            if "weight" in notes or name in known:
+                own.add(name)
+    families = ("Conv", "Lazy", "BatchNorm", "InstanceNorm", "LayerNorm", "GroupNorm", "RMSNorm", "SyncBatchNorm")
+    losses = {n for n in own if n.endswith("Loss")}
+    assert {n for n in own if not n.startswith(families)} - known - composed - losses == set()
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+
+def constraints_of(groups):
+    return {n: g["constraint"] for g in groups for n in g["param_names"]}
+
+
+def test_rules_options_and_order():
+    groups = param_groups(model(), {"0.*": MaxNorm(3.0), "*.weight": MaxNorm(2.0, axis=None)}, lr=0.5, weight_decay=0.1)
+    assert constraints_of(groups) == {
+        "0.weight": MaxNorm(3.0),
+        "0.bias": None,
+        "1.weight": MaxNorm(2.0, axis=None),  # a norm layer, named by a rule with an axis
+        "1.bias": None,
+        "2.weight": MaxNorm(2.0, axis=None),
+        "2.bias": None,
+    }
+    assert all(g["lr"] == 0.5 and g["weight_decay"] == 0.1 for g in groups)
+    optimizer = ProjectedSGD(groups, c=9.0)  # the groups know better
+    assert [g["c"] for g in optimizer.param_groups] == [3.0, None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"0.wieght": MaxNorm(3.0)}, r"'0.wieght' matches no parameter; the nearest names are 0.weight"),
+        ({"*.bias": MaxNorm(3.0)}, "matches only parameters without a fan-in, such as '0.bias'"),
+        ({"0.weight": MaxNorm(3.0, axis=2)}, "axis 2 is out of range for 0.weight"),
+        ({"0.weight": 3.0}, "holds 3.0: pass a constraint"),
+        (3.0, "3.0 is no constraint"),
+    ],
+)
+def test_what_cannot_be_honoured_is_an_error(rules, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        param_groups(model(), rules)
+
+
+def test_shared_weights_appear_once():
+    net = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False))
+    net[1].weight = net[0].weight
+    (group,) = param_groups(net, MaxNorm(3.0))
+    assert group["param_names"] == ["0.weight"]
+    with pytest.raises(ValueError, match=r"use its first name, '0.weight'"):
+        param_groups(net, {"1.weight": MaxNorm(3.0)})
+
+
+def test_a_weight_shared_by_layers_that_disagree_is_an_error():
+    net = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"0.weight and 1.weight are one tensor"):
+        param_groups(net, MaxNorm(3.0))
+    groups = param_groups(net, {"0.weight": MaxNorm(3.0, axis=(1, 2))})
+    assert constraints_of(groups)["0.weight"] == MaxNorm(3.0, axis=(1, 2))
+
+
+def test_parametrized_weights_are_held_where_the_optimizer_owns_them():
+    layer = nn.utils.parametrizations.spectral_norm(nn.ConvTranspose1d(3, 4, 3, dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"parametrizations.weight.original: the constraint holds for this tensor"):
+        before, after = held(layer, MaxNorm(0.5))
+    name = "parametrizations.weight.original"
+    norms = np.linalg.norm(before[name], axis=(0, 2), keepdims=True)
+    np.testing.assert_allclose(after[name], before[name] * np.minimum(1, 0.5 / norms), rtol=1e-12)
+
+
+def test_a_bound_on_the_gain_of_weight_norm_is_one_on_the_weight():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 5, dtype=torch.float64))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.copy_(torch.linspace(-1, 1, 5)[:, None])
+    rules = {"parametrizations.weight.original0": MaxNorm(0.5)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        held(layer, rules)
+    norms = layer.weight.detach().norm(dim=1)
+    assert float(norms.max()) <= 0.5 * (1 + 1e-15)
+    assert float(norms.min()) < 0.5
+    with pytest.warns(UserWarning, match=r"original1: the constraint holds"):
+        param_groups(layer, MaxNorm(0.5))
+
+
+def test_a_pruned_weight_is_quiet_and_an_old_spectral_norm_is_not():
+    pruned = prune.l1_unstructured(nn.Linear(4, 3), "weight", amount=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert constraints_of(param_groups(pruned, MaxNorm(0.5)))["weight_orig"] == MaxNorm(0.5)
+    with pytest.warns(UserWarning, match="weight_orig: the constraint holds for this tensor"):
+        param_groups(nn.utils.spectral_norm(nn.Linear(4, 3)), MaxNorm(0.5))
+
+
+def test_a_layer_of_somebody_elses_is_read_by_convention_with_a_warning():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Parameter(torch.ones(3, 4))
+
+    with pytest.warns(UserWarning, match="mix: not a weight of a layer that projgd knows"):
+        assert constraints_of(param_groups(Mixer(), MaxNorm(1.0))) == {"mix": MaxNorm(1.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(Mixer(), {"mix": MaxNorm(1.0, axis=1)})
+
+
+def test_named_parameters_give_names_to_errors():
+    net = model()
+    ProjectedSGD([{"params": net.named_parameters(), "c": 3.0}])
+    with pytest.raises(ValueError, match=r"axis 1 is out of range for 0.bias"):
+        ProjectedSGD([{"params": net.named_parameters(), "c": 3.0, "axis": 1}])
