@@ -9,7 +9,9 @@ import importlib
 from typing import Any
 
 from projgd.axes import Split
-from projgd.constraints import Constraint, MaxNorm, NonNegative, UnitNorm, from_config
+from projgd.config import from_config
+from projgd.constraints import Constraint, MaxNorm, NonNegative, Sphere, UnitNorm
+from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 __version__ = "0.1.0"
 
@@ -20,7 +22,21 @@ _LAZY = {
     "maxnorm_projection": "projgd.optax",
 }
 
-__all__ = ["Constraint", "MaxNorm", "NonNegative", "Split", "UnitNorm", "from_config", *_LAZY]
+__all__ = [
+    "Constraint",
+    "MaxNorm",
+    "MaxUpdate",
+    "NonNegative",
+    "RadialBrake",
+    "RelativeUpdate",
+    "Sphere",
+    "Split",
+    "TangentUpdate",
+    "UnitNorm",
+    "Update",
+    "from_config",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 An *axis* setting says over which axes a norm is taken (the meaning of NumPy and Keras, not `torch.renorm`'s):
 
 * ``"fan_in"``: all the weights that enter one neuron;
+* ``"matrix"``: the whole array is one vector if it has two axes or more; a bias or a gain has none;
 * an int or a tuple of ints: those axes, negative ones counted from the end;
 * ``None``: the whole array is one vector;
 * `Split`: one axis is first cut into equal blocks (grouped layers, attention heads).
@@ -60,8 +61,8 @@ def check(axis: Any) -> Axis:
     if axis is None or isinstance(axis, Split):
         return axis
     if isinstance(axis, str):
-        if axis != "fan_in":
-            raise ValueError(f'axis={axis!r} is not known: pass "fan_in", an int, a tuple of ints, or None')
+        if axis not in ("fan_in", "matrix"):
+            raise ValueError(f'axis={axis!r} is not known: pass "fan_in", "matrix", an int, a tuple of ints, or None')
         return axis
     if isinstance(axis, dict):  # a Split that went through JSON
         return Split(int(axis["dim"]), int(axis["parts"]), tuple(int(a) for a in axis["over"]))
@@ -84,7 +85,7 @@ def _as_int(value: Any) -> int:
 
 
 def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the array") -> Vectors | None:
-    """The vectors that `axis` means in an array of `shape`; None if it has no fan-in (0 or 1 axes).
+    """The vectors that `axis` means in an array of `shape`; None if it has no fan-in and is no matrix (0 or 1 axes).
 
     Raises:
         ValueError: an axis that the array does not have, named by `name`.
@@ -93,9 +94,11 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
     ndim = len(shape)
     if axis is None:
         return Vectors(shape, tuple(range(ndim)))
+    if axis in ("fan_in", "matrix") and ndim < 2:
+        return None
+    if axis == "matrix":
+        return Vectors(shape, tuple(range(ndim)))
     if axis == "fan_in":
-        if ndim < 2:
-            return None
         return Vectors(shape, tuple(range(1, ndim)) if layout == "out_first" else tuple(range(ndim - 1)))
     if isinstance(axis, Split):
         (dim,) = _normalise((axis.dim,), shape, name)
@@ -106,7 +109,7 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
         shape = (*shape[:dim], axis.parts, shape[dim] // axis.parts, *shape[dim + 1 :])
         return Vectors(shape, _normalise(axis.over, shape, name))
     if isinstance(axis, str):
-        raise ValueError(f'axis={axis!r} is not known: pass "fan_in", an int, a tuple of ints, or None')
+        raise ValueError(f'axis={axis!r} is not known: pass "fan_in", "matrix", an int, a tuple of ints, or None')
     return Vectors(shape, _normalise((axis,) if isinstance(axis, int) else axis, shape, name))
 
 

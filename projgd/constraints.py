@@ -5,29 +5,24 @@ To add one: a dataclass here, and one function in `projgd.projections`. Both fro
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar
 
 from array_api_compat import array_namespace, is_torch_array
 
 from projgd import axes as _axes
 from projgd import projections
 from projgd.axes import Axis, Vectors
+from projgd.config import Configured
 from projgd.projections import Array, Scalar
 
 
 @dataclass(frozen=True)
-class Constraint(ABC):
+class Constraint(Configured, ABC):
     """A closed set for the weight vectors of a parameter, and the projection onto it."""
-
-    kinds: ClassVar[dict[str, type[Constraint]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        Constraint.kinds[cls.__name__] = cls
 
     @abstractmethod
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
@@ -36,6 +31,21 @@ class Constraint(ABC):
     @abstractmethod
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         """Distance of every vector to the set, the reduced axes kept with size 1."""
+
+    def land(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+        """`onto` for weights that a step has just moved, when they need not come back bit for bit."""
+        return self.onto(x, axes, xp)
+
+    def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
+        """What the set takes from the initial weights `x`, one number per vector; None for a set that takes nothing.
+
+        A front asks once, keeps the numbers in the optimizer's state, and hands them to `bind` at every step.
+        """
+        return None
+
+    def bind(self, initial: Array) -> Constraint:
+        """This set, with the numbers that `initial` took."""
+        raise NotImplementedError(f"{self} takes nothing from the initial weights")
 
     def project(self, x: Array) -> Array:
         """The Euclidean projection of `x`: same library, dtype, shape and device.
@@ -83,28 +93,6 @@ class Constraint(ABC):
         """The vectors of an array of `shape`; None where it has none to constrain."""
         return _axes.resolve(getattr(self, "axis", ()), shape, layout, name)
 
-    def config(self) -> dict[str, Any]:
-        """The constraint in plain JSON types; `projgd.from_config` gives it back.
-
-        >>> MaxNorm(3.0).config()
-        {'kind': 'MaxNorm', 'c': 3.0, 'axis': 'fan_in'}
-        """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"kind": type(self).__name__} | {k: _plain(v) for k, v in fields.items()}
-
-
-def from_config(config: dict[str, Any]) -> Constraint:
-    """The constraint that `Constraint.config` described.
-
-    >>> from_config({"kind": "MaxNorm", "c": 3.0, "axis": [0, 1]})
-    MaxNorm(c=3.0, axis=(0, 1))
-    """
-    fields = dict(config)
-    kind = fields.pop("kind", None)
-    if kind not in Constraint.kinds:
-        raise ValueError(f"config names the constraint {kind!r}; known are {', '.join(sorted(Constraint.kinds))}")
-    return Constraint.kinds[kind](**fields)
-
 
 @dataclass(frozen=True)
 class MaxNorm(Constraint):
@@ -133,20 +121,60 @@ class MaxNorm(Constraint):
 
 
 @dataclass(frozen=True)
-class UnitNorm(Constraint):
-    """Every vector has norm 1. A zero vector has no nearest point there and stays zero."""
+class Sphere(Constraint):
+    """Every vector has the norm `radius`: w ← w · radius / ‖w‖₂. A zero vector has no nearest point and stays zero.
 
+    Args:
+        radius: a positive number; or `"initial"`, the norm that each vector has when the optimizer is made (in JAX: at
+            `init`). That is taken once and kept in the optimizer's state, so that it cannot drift.
+        axis: what makes one vector, see `projgd.axes`; None for the Frobenius norm of the whole array.
+
+    >>> import numpy as np
+    >>> Sphere(2.0, axis=None).project(np.asarray([[3.0, 0.0], [4.0, 0.0]])).round(3)
+    array([[1.2, 0. ],
+           [1.6, 0. ]])
+    """
+
+    radius: Scalar
     axis: Axis = "fan_in"
 
     def __post_init__(self) -> None:
+        if isinstance(self.radius, str):
+            if self.radius != "initial":
+                raise ValueError(f'radius={self.radius!r} is not known: pass a positive number, or "initial"')
+        else:
+            object.__setattr__(self, "radius", positive("radius", self.radius))
         object.__setattr__(self, "axis", _axes.check(self.axis))
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
-        return projections.project_sphere(x, 1.0, axes, xp)
+        return projections.project_sphere(x, self._number(), axes, xp)
+
+    def land(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+        return projections.project_sphere(x, self._number(), axes, xp, moved=True)
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
-        return xp.abs(projections.norm(x, axes, xp) - 1.0)
+        return xp.abs(projections.norm(x, axes, xp) - self._number())
+
+    def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
+        return norms_of(x, axes, name, f"{self} keeps the initial norm", xp) if isinstance(self.radius, str) else None
+
+    def bind(self, initial: Array) -> Sphere:
+        bound = copy.copy(self)
+        object.__setattr__(bound, "radius", initial)  # an array: __post_init__ checks a number
+        return bound
+
+    def _number(self) -> Scalar:
+        if isinstance(self.radius, str):
+            raise ValueError(f"{self} has no radius outside an optimizer, which takes it from the weights at the start")
+        return self.radius
+
+
+@dataclass(frozen=True)
+class UnitNorm(Sphere):
+    """Every vector has norm 1: `Sphere(1.0)`. A zero vector has no nearest point there and stays zero."""
+
+    radius: Scalar = field(default=1.0, init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -184,7 +212,23 @@ def positive(name: str, value: Scalar) -> Scalar:
     return number
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return list(value) if isinstance(value, tuple) else value
+def norms_of(x: Array, axes: tuple[int, ...], name: str, why: str, xp: ModuleType | None = None) -> Array:
+    """The norm of every vector of `x`, all of them positive and finite. Traced in JAX, where none can be refused, such
+    a norm becomes NaN.
+
+    Raises:
+        ValueError: `name` has a vector that is zero or not finite; `why` says who needs its norm.
+    """
+    xp = xp or array_namespace(x)
+    norms = projections.norm(x, axes, xp)
+    fine = xp.isfinite(norms) & (norms > 0)
+    try:
+        bad = int(xp.sum(xp.astype(~fine, xp.int32)))
+    except TypeError:  # JAX refuses to read a traced array
+        return xp.where(fine, norms, xp.full_like(norms, math.nan))
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of its {math.prod(norms.shape)} vectors have norm 0 or are not finite, and {why}. "
+            "Initialise it differently (a residual projection that starts at zero can start small), or leave it free"
+        )
+    return norms

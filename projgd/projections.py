@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
@@ -78,8 +78,14 @@ def project_ball(x: Array, c: Scalar, axes: tuple[int, ...], xp: ModuleType | No
     return xp.where(outside, stored, x)
 
 
-def project_sphere(x: Array, radius: Scalar, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+def project_sphere(
+    x: Array, radius: Scalar, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False
+) -> Array:
     """Nearest point with a norm of exactly `radius` (to rounding), per vector. A zero vector has none and stays zero.
+
+    A vector whose computed norm is `radius` within a band comes back as it is. The band is one that no rounding can
+    leave, so that projecting again changes no bit; for vectors that a step has just moved it is what rounding usually
+    does, some ten times less, so that many steps stay where exact arithmetic would take them.
 
     >>> import numpy as np
     >>> project_sphere(np.asarray([[3.0, 0.0], [4.0, 0.0]]), 1.0, (0,)).round(3)
@@ -90,15 +96,15 @@ def project_sphere(x: Array, radius: Scalar, axes: tuple[int, ...], xp: ModuleTy
     if 0 in x.shape:
         return x
     kind = float_type(x)
-    error = norm_error(kind, x.shape, axes)
     z, r = _scaled(x, axes, xp)
     z_norm = _root(_sum(z * z, axes, xp), xp)
     length = math.sqrt(math.prod(x.shape[a] for a in axes))
-    band = (kind.unit + 3 * error) * radius + length * kind.tiny
-    off = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) > band * 2.0**-32
-    moved = xp.isfinite(r) & (z_norm > 0) & off
-    y = z * (radius / xp.where(moved, z_norm, xp.ones_like(z_norm)))
-    return xp.where(moved, xp.astype(y, x.dtype), x)
+    usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
+    band = (usual if moved else kind.unit + 3 * norm_error(kind, x.shape, axes)) * radius + length * kind.tiny
+    near = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) <= band * 2.0**-32  # 2^32 times smaller: no overflow
+    scaled = xp.isfinite(r) & (z_norm > 0) & ~near  # "not near", so that a NaN radius shows
+    y = z * (radius / xp.where(scaled, z_norm, xp.ones_like(z_norm)))
+    return xp.where(scaled, xp.astype(y, x.dtype), x)
 
 
 def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
@@ -131,6 +137,23 @@ def norm(x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array
         return xp.zeros(shape, dtype=getattr(xp, kind.compute))
     z, r = _scaled(x, axes, xp)
     return xp.where(xp.isfinite(r), r * _root(_sum(z * z, axes, xp), xp), r)
+
+
+class Measures(NamedTuple):
+    """How an update lies to the weights, one number per vector, the reduced axes kept with size 1."""
+
+    w: Array  # ‖w‖
+    u: Array  # ‖u‖
+    cosine: Array  # ⟨w, u⟩ / (‖w‖ ‖u‖), 0 where one of them is 0
+
+
+def measure(u: Array, w: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Measures]:
+    """u / r, its largest magnitude r, and the `Measures`; neither over- nor underflows."""
+    (zu, ru), (zw, rw) = _scaled(u, axes, xp), _scaled(w, axes, xp)
+    nu, nw = _root(_sum(zu * zu, axes, xp), xp), _root(_sum(zw * zw, axes, xp), xp)
+    both = nu * nw
+    cosine = _sum(zu * zw, axes, xp) / xp.where(both > 0, both, xp.ones_like(both))
+    return zu, ru, Measures(rw * nw, ru * nu, cosine)
 
 
 def norm_error(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...]) -> float:

@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from projgd import projections
-from projgd.constraints import Constraint, MaxNorm, from_config
+from projgd.config import from_config
+from projgd.constraints import Constraint, MaxNorm
 from projgd.torch import sharded
 
 KEYS = ("c", "axis", "constraint", "update", "metric", "without_grad")

@@ -1,0 +1,48 @@
+"""Settings as plain JSON types and back: what sets and shapings share."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A frozen dataclass that `from_config` can make again from its `config`."""
+
+    kinds: ClassVar[dict[str, type[Configured]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Configured.kinds[cls.__name__] = cls
+
+    def config(self) -> dict[str, Any]:
+        """The settings in plain JSON types; `projgd.from_config` gives the object back.
+
+        >>> from projgd import MaxNorm
+        >>> MaxNorm(3.0).config()
+        {'kind': 'MaxNorm', 'c': 3.0, 'axis': 'fan_in'}
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {"kind": type(self).__name__} | {k: _plain(v) for k, v in fields.items()}
+
+
+def from_config(config: dict[str, Any]) -> Any:
+    """The constraint, or the shaping of updates, that `config` described.
+
+    >>> from_config({"kind": "MaxNorm", "c": 3.0, "axis": [0, 1]})
+    MaxNorm(c=3.0, axis=(0, 1))
+    """
+    fields = dict(config)
+    kind = fields.pop("kind", None)
+    known = {name: cls for name, cls in Configured.kinds.items() if not inspect.isabstract(cls)}
+    if kind not in known:
+        raise ValueError(f"config names the kind {kind!r}; known are {', '.join(sorted(known))}")
+    return known[kind](**fields)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
