@@ -14,7 +14,7 @@ from types import ModuleType
 from array_api_compat import array_namespace, is_torch_array
 
 from projgd import axes as _axes
-from projgd import projections
+from projgd import metrics, projections
 from projgd.axes import Axis, Vectors
 from projgd.config import Configured
 from projgd.projections import Array, Scalar
@@ -23,6 +23,8 @@ from projgd.projections import Array, Scalar
 @dataclass(frozen=True)
 class Constraint(Configured, ABC):
     """A closed set for the weight vectors of a parameter, and the projection onto it."""
+
+    in_metrics: ClassVar[tuple[str, ...]] = ("euclidean",)  # those that the projection is known in
 
     @abstractmethod
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
@@ -35,6 +37,29 @@ class Constraint(Configured, ABC):
     def land(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         """`onto` for weights that a step has just moved, when they need not come back bit for bit."""
         return self.onto(x, axes, xp)
+
+    def onto_in(
+        self,
+        metric: Array,
+        x: Array,
+        axes: tuple[int, ...],
+        xp: ModuleType | None = None,
+        repeat: metrics.Repeat | None = None,
+    ) -> Array:
+        """As `onto`, nearest in the norm of a diagonal: argmin Σ D_i (q_i - x_i)², D = `metric` of the shape of `x`.
+
+        `repeat` is the loop to iterate with, see `projgd.metrics`. A set that is a product of intervals inherits this,
+        because there every diagonal has the same nearest point.
+        """
+        self.check_metric("adaptive")
+        return self.onto(x, axes, xp)
+
+    def check_metric(self, metric: Any) -> None:
+        """Raise ValueError for a metric that is not known, or in which this set has no projection."""
+        if metric not in metrics.NAMES:
+            raise ValueError(f'metric={metric!r} is not known: pass "euclidean" or "adaptive"')
+        if metric not in self.in_metrics:
+            raise ValueError(f"{self} has no projection for metric={metric!r}: pass metric={self.in_metrics[0]!r}")
 
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         """What the set takes from the initial weights `x`, one number per vector; None for a set that takes nothing.
@@ -104,6 +129,7 @@ class MaxNorm(Constraint):
         axis: what makes one vector, see `projgd.axes`.
     """
 
+    in_metrics: ClassVar[tuple[str, ...]] = metrics.NAMES
     c: Scalar
     axis: Axis = "fan_in"
 
@@ -113,6 +139,16 @@ class MaxNorm(Constraint):
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         return projections.project_ball(x, self.c, axes, xp)
+
+    def onto_in(
+        self,
+        metric: Array,
+        x: Array,
+        axes: tuple[int, ...],
+        xp: ModuleType | None = None,
+        repeat: metrics.Repeat | None = None,
+    ) -> Array:
+        return metrics.project_ball(x, metric, self.c, axes, xp, repeat)
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
@@ -135,6 +171,7 @@ class Sphere(Constraint):
            [1.6, 0. ]])
     """
 
+    in_metrics: ClassVar[tuple[str, ...]] = metrics.NAMES
     radius: Scalar
     axis: Axis = "fan_in"
 
@@ -151,6 +188,16 @@ class Sphere(Constraint):
 
     def land(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         return projections.project_sphere(x, self._number(), axes, xp, moved=True)
+
+    def onto_in(
+        self,
+        metric: Array,
+        x: Array,
+        axes: tuple[int, ...],
+        xp: ModuleType | None = None,
+        repeat: metrics.Repeat | None = None,
+    ) -> Array:
+        return metrics.project_sphere(x, metric, self._number(), axes, xp, repeat)
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
@@ -180,6 +227,8 @@ class UnitNorm(Sphere):
 @dataclass(frozen=True)
 class NonNegative(Constraint):
     """Every entry is at least 0: w ← max(w, 0)."""
+
+    in_metrics: ClassVar[tuple[str, ...]] = metrics.NAMES
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         return projections.project_nonnegative(x, xp)

@@ -69,10 +69,7 @@ def project_ball(x: Array, c: Scalar, axes: tuple[int, ...], xp: ModuleType | No
         return x
     kind = float_type(x)
     limits = ball_limits(kind, x.shape, axes, c, xp)
-    z, r = _scaled(x, axes, xp)
-    z_norm = _root(_sum(z * z, axes, xp), xp)
-    # Compared 2^32 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
-    outside = xp.isfinite(r) & ~(z_norm * (r * 2.0**-32) <= limits.threshold * 2.0**-32)
+    outside, z, _, z_norm = beyond(x, limits.threshold, axes, xp)
     y = z * (limits.target / xp.where(outside, z_norm, xp.ones_like(z_norm)))
     stored = _fill(y, limits.inner, limits.threshold, axes, xp, x.dtype) if limits.fill else xp.astype(y, x.dtype)
     return xp.where(outside, stored, x)
@@ -95,14 +92,7 @@ def project_sphere(
     xp = xp or array_namespace(x)
     if 0 in x.shape:
         return x
-    kind = float_type(x)
-    z, r = _scaled(x, axes, xp)
-    z_norm = _root(_sum(z * z, axes, xp), xp)
-    length = math.sqrt(math.prod(x.shape[a] for a in axes))
-    usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
-    band = (usual if moved else kind.unit + 3 * norm_error(kind, x.shape, axes)) * radius + length * kind.tiny
-    near = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) <= band * 2.0**-32  # 2^32 times smaller: no overflow
-    scaled = xp.isfinite(r) & (z_norm > 0) & ~near  # "not near", so that a NaN radius shows
+    scaled, z, _, z_norm = off_sphere(x, radius, axes, xp, moved)
     y = z * (radius / xp.where(scaled, z_norm, xp.ones_like(z_norm)))
     return xp.where(scaled, xp.astype(y, x.dtype), x)
 
@@ -119,6 +109,28 @@ def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
 
 
 # ------------------------------------------------------------------------------------------------------ norms, guards
+
+
+def beyond(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Array, Array]:
+    """Which finite vectors have a computed norm above `threshold`; and x / r, r, ‖x / r‖ with r the largest entries."""
+    z, r = _scaled(x, axes, xp)
+    z_norm = _root(_sum(z * z, axes, xp), xp)
+    # Compared 2^32 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
+    return xp.isfinite(r) & ~(z_norm * (r * 2.0**-32) <= threshold * 2.0**-32), z, r, z_norm
+
+
+def off_sphere(
+    x: Array, radius: Scalar, axes: tuple[int, ...], xp: ModuleType, moved: bool = False
+) -> tuple[Array, Array, Array, Array]:
+    """Which finite vectors, but zero ones, have a norm that is not `radius` to rounding; the rest as in `beyond`."""
+    kind = float_type(x)
+    z, r = _scaled(x, axes, xp)
+    z_norm = _root(_sum(z * z, axes, xp), xp)
+    length = math.sqrt(math.prod(x.shape[a] for a in axes))
+    usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
+    band = (usual if moved else kind.unit + 3 * norm_error(kind, x.shape, axes)) * radius + length * kind.tiny
+    near = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) <= band * 2.0**-32
+    return xp.isfinite(r) & (z_norm > 0) & ~near, z, r, z_norm  # "not near", so that a NaN radius shows
 
 
 def norm(x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
