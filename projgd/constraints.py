@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, ClassVar
 
 from array_api_compat import array_namespace, is_torch_array
 
