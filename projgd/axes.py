@@ -53,7 +53,7 @@ class Vectors:
     @property
     def length(self) -> int:
         """Entries in one vector."""
-        return math.prod(self.shape[a] for a in self.axes)
+        return math.prod([self.shape[a] for a in self.axes])
 
 
 def check(axis: Any) -> Axis:

@@ -126,7 +126,7 @@ def off_sphere(
     kind = float_type(x)
     z, r = _scaled(x, axes, xp)
     z_norm = _root(_sum(z * z, axes, xp), xp)
-    length = math.sqrt(math.prod(x.shape[a] for a in axes))
+    length = math.sqrt(math.prod([x.shape[a] for a in axes]))
     usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
     band = (usual if moved else kind.unit + 3 * norm_error(kind, x.shape, axes)) * radius + length * kind.tiny
     near = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) <= band * 2.0**-32
@@ -194,7 +194,7 @@ def ball_limits(
 ) -> BallLimits:
     """The guard bands of a ball of radius c for vectors of this dtype and length."""
     error = norm_error(kind, shape, axes)
-    length = math.prod(shape[a] for a in axes)
+    length = math.prod([shape[a] for a in axes])
     coarse = math.sqrt(length) * kind.tiny  # the norm of all roundings near zero
     largest = math.ldexp(1 - 2.0**-24, 128) if kind.compute == "float32" else math.ldexp(1 - 2.0**-53, 1024)
     if isinstance(c, (int, float)):
@@ -262,7 +262,7 @@ def _fill(y: Array, inner: Scalar, threshold: Scalar, axes: tuple[int, ...], xp:
     step = 2.0**-24
     shape = y.shape
     rest = tuple(a for a in range(len(shape)) if a not in axes)
-    rows = math.prod(shape[a] for a in rest)
+    rows = math.prod([shape[a] for a in rest])
     y = xp.reshape(xp.permute_dims(y, (*rest, *axes)), (rows, -1))
     size = xp.abs(y)
     coarse = size < 2.0**-14

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.torch import settings
 from projgd.torch.project import project_group
@@ -15,6 +16,9 @@ from projgd.torch.project import project_group
 # Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
 _FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "swa_lr", "min_lr", "max_lr", "lr_scale"}
 _FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
+
+# The decorator that sets the grad mode around the steps of torch.optim; it breaks a compiled graph on purpose.
+_BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
 
 
 class Projected(Optimizer):
@@ -55,11 +59,16 @@ class Projected(Optimizer):
         The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
         every hook runs once, and a post-hook sees the projected weights.
         """
+        differentiable = bool(self.defaults.get("differentiable"))
         inner: Any = self.inner.step
         if getattr(inner, "hooked", False):
             inner = inner.__wrapped__
-        loss = inner(self, **kwargs) if closure is None else inner(self, closure, **kwargs)
-        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+        if torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS:
+            with torch.set_grad_enabled(differentiable):
+                loss = _call(inner.__wrapped__, self, closure, kwargs)
+        else:
+            loss = _call(inner, self, closure, kwargs)
+        with torch.set_grad_enabled(differentiable):
             for group in self.param_groups:
                 project_group(group, getattr(self, "found_inf", None))
         return loss
@@ -115,6 +124,10 @@ def _subclass(cls: Any) -> type[Projected]:
 def _blank(cls: type[Optimizer]) -> Projected:
     made = projected(cls)
     return made.__new__(made)
+
+
+def _call(step: Any, optimizer: Optimizer, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+    return step(optimizer, **kwargs) if closure is None else step(optimizer, closure, **kwargs)
 
 
 def _as_list(params: Any) -> Any:

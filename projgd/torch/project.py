@@ -32,7 +32,8 @@ def project_(p: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None 
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
         return
-    projection = constraint.onto(p.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape)
+    w = p.clone() if torch.is_grad_enabled() else p  # differentiable: autograd keeps what the projection started from
+    projection = constraint.onto(w.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape)
     if skip is not None:  # chosen on the device: reading `skip` here would wait for it
         projection = torch.where(skip.to(p.device) > 0, p, projection)
     p.copy_(projection)
