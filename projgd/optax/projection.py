@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from projgd import projections
 from projgd.axes import Axis, Split
-from projgd.constraints import Constraint, MaxNorm, positive
-
-Schedule = Callable[[jax.Array], Any]
+from projgd.constraints import MaxNorm, positive
+from projgd.optax.layouts import absent
+from projgd.optax.placement import Constraints, Placed, check, place
 
 
 class ProjectionState(NamedTuple):
@@ -27,8 +26,9 @@ def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.Gradi
 
     Args:
         c: the bound: a positive number, a traced array, or a schedule of the step.
-        axis: what makes one vector; `"fan_in"` reads (*kernel, in, out), all axes but the last. Or a tree of those with
-            the structure of the parameters, or of their upper part: `{"conv": (0, 1, 2), "embed": 1}`.
+        axis: what makes one vector; `"fan_in"` finds it from the leaf's place in the tree, see
+            `projgd.optax.layouts`. Or a tree of axes with the structure of the parameters, or of their upper part:
+            `{"conv": (0, 1, 2), "embed": 1}`; or rules, `{"*/embedding": 1}`.
 
     Raises:
         TypeError, ValueError: a `c` that is no positive number; at `init`, a leaf that cannot be constrained, or an
@@ -53,52 +53,74 @@ def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.Gradi
     return _transformation(lambda count: constraints)
 
 
-def projection(constraint: Constraint) -> optax.GradientTransformationExtraArgs:
+def projection(constraint: Constraints | Callable[[Any], Constraints]) -> optax.GradientTransformationExtraArgs:
     """Change an update so that `optax.apply_updates` lands in the set. Put it last in the chain.
 
-    >>> import optax
-    >>> from projgd import NonNegative
-    >>> tx = optax.chain(optax.adam(1e-3), projection(NonNegative()))
+    Args:
+        constraint: one for all parameters; rules `{pattern: constraint or None}` over names joined by `/`, where the
+            first match wins and what none matches is free; a tree of constraints and None with the structure of the
+            parameters or of their upper part; or a function from the step (0, 1, …; traced) to one of those.
+
+    Raises:
+        TypeError: no constraint; at `init`, a constrained leaf with an integer or complex dtype.
+        ValueError: at `init`, a rule that matches nothing, a tree of another structure, an axis out of range.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from projgd import MaxNorm, NonNegative
+    >>> tx = optax.chain(optax.adam(1e-3), projection({"Conv_*/kernel": MaxNorm(3.0), "head/*": NonNegative()}))
+    >>> state = tx.init({"Conv_0": {"kernel": jnp.ones((3, 3, 1, 8))}, "head": {"kernel": jnp.ones((8, 2))}})
+
+    A bound that grows with the step:
+
+    >>> tx = projection(lambda step: MaxNorm(jnp.minimum(1.0 + 0.01 * step, 4.0)))
     """
-    if not isinstance(constraint, Constraint):
-        raise TypeError(f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0)")
+    if callable(constraint):
+        return _transformation(constraint)
+    check(constraint)
     return _transformation(lambda count: constraint)
 
 
-def _transformation(constraints_at: Callable[[jax.Array], Any]) -> optax.GradientTransformationExtraArgs:
-    """The transformation for one constraint, or a tree of them (None: free) with the upper structure of the params."""
-
+def _transformation(constraints_at: Callable[[jax.Array], Constraints]) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> ProjectionState:
         count = jnp.zeros((), jnp.int32)
-        jax.tree_util.tree_map_with_path(_check, params, _spread(constraints_at(count), params))
+        _placed(constraints_at(count), params)
         return ProjectionState(count)
 
     def update(updates: Any, state: ProjectionState, params: Any = None, **extra: Any) -> tuple[Any, ProjectionState]:
         del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        projected = jax.tree.map(
-            lambda u, p, constraint: u if any(map(_absent, (u, p, constraint))) else _project_update(u, p, constraint),
-            updates,
-            params,
-            _spread(constraints_at(state.count), params),
-            is_leaf=_absent,
-        )
+        placed = _placed(constraints_at(state.count), params)
+        projected = zip_leaves(_project_update, updates, params, placed)
         return projected, ProjectionState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _spread(constraints: Any, params: Any) -> Any:
-    """A constraint for every leaf of `params`."""
-    return jax.tree.broadcast(constraints, params, is_leaf=lambda x: x is None)
+def _placed(constraints: Constraints, params: Any) -> list[Placed | None]:
+    check(constraints)
+    return place(constraints, params)
 
 
-def _check(path: Any, p: Any, constraint: Constraint | None) -> None:
-    if constraint is not None:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        projections.float_type(jnp.asarray(p), name)
-        constraint.resolve(p.shape, "out_last", name)
+def zip_leaves(f: Callable[[Any, Any, Placed], Any], updates: Any, params: Any, placed: list[Placed | None]) -> Any:
+    """`updates` with f(update, parameter, what is asked of it) where something is asked.
+
+    Raises:
+        ValueError: updates of another structure or shape than the parameters.
+    """
+
+    def one(u: Any, p: Any, asked: Placed | None) -> Any:
+        if asked is None or absent(u) or absent(p):
+            return u
+        if jnp.shape(u) != jnp.shape(p):
+            raise ValueError(f"{asked.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
+        return f(u, p, asked)
+
+    of_updates: Any = jax.tree.structure(updates, is_leaf=absent)
+    of_params: Any = jax.tree.structure(params, is_leaf=absent)
+    if of_updates != of_params:
+        raise ValueError(f"updates and params are different trees: {of_updates} and {of_params}")
+    return jax.tree.map(one, updates, params, of_params.unflatten(placed), is_leaf=absent)
 
 
 def _is_axis(axis: Any) -> bool:
@@ -107,19 +129,13 @@ def _is_axis(axis: Any) -> bool:
     return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
 
 
-def _absent(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, optax.MaskedNode)
-
-
-def _project_update(u: jax.Array, p: jax.Array, constraint: Constraint) -> jax.Array:
+def _project_update(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
-    vectors = constraint.resolve(p.shape, "out_last")
-    if vectors is None:
-        return u
+    vectors = asked.vectors
     landing = _apply(p, u)
-    q = constraint.onto(landing.reshape(vectors.shape), vectors.axes, jnp).reshape(p.shape)
+    q = asked.constraint.onto(landing.reshape(vectors.shape), vectors.axes, jnp).reshape(p.shape)
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))
-    return jnp.where((q == landing) | jnp.isnan(q), u, _difference(q, p, u.dtype))
+    return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
 
 
 def _apply(p: jax.Array, u: jax.Array) -> jax.Array:

@@ -1,0 +1,113 @@
+"""What is asked of each parameter: one constraint for all, rules over names, or a tree of constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+from projgd import axes, projections, rules
+from projgd.axes import Vectors
+from projgd.constraints import Constraint
+from projgd.optax.layouts import Leaf, absent, leaves
+
+Constraints = Constraint | rules.Rules | Any
+"""A constraint; rules {pattern: constraint or None}; or a tree of constraints and None (free) with the structure of
+the parameters or of their upper part."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A constraint, and the vectors that it means in one parameter."""
+
+    name: str
+    constraint: Constraint
+    vectors: Vectors
+
+
+def check(constraints: Constraints) -> None:
+    """Refuse what can be no `Constraints` of any parameters."""
+    found = jax.tree_util.tree_flatten_with_path(constraints, is_leaf=_is_none)[0]
+    for path, value in found:
+        if not isinstance(value, Constraint) and (value is not None or not path):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{value!r}{where and f' at {where!r}'} is no constraint: pass one such as MaxNorm(4.0), rules such as "
+                "{'Dense_*/kernel': MaxNorm(4.0)}, or a tree of constraints and None"
+            )
+
+
+def place(constraints: Constraints, params: Any) -> list[Placed | None]:
+    """What is asked of every leaf of `params`, in JAX's order; None where it is free.
+
+    A mapping from strings to constraints is read as rules, unless its keys are just those at the top of `params`.
+
+    Raises:
+        TypeError: a constrained leaf with an integer or complex dtype.
+        ValueError: a rule that matches nothing, a tree of another structure, an axis that a leaf does not have, a bare
+            1-D array under a fan-in constraint.
+
+    >>> import jax.numpy as jnp
+    >>> from projgd import MaxNorm
+    >>> params = {"Dense_0": {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}}
+    >>> [placed and placed.vectors for placed in place({"*": MaxNorm(4.0)}, params)]
+    [None, Vectors(shape=(4, 2), axes=(0,))]
+    """
+    found = leaves(params)
+    if _is_rules(constraints, params):
+        names = [leaf.name for leaf in found if leaf]
+        wanted = rules.assign(constraints, names)
+        asked = [wanted[leaf.name] if leaf else None for leaf in found]
+    else:
+        asked = _spread(constraints, params)
+    if isinstance(constraints, Constraint) and found and found[0] and not found[0].name:
+        _refuse_flat(constraints, found[0])
+    return [_placed(leaf, constraint) for leaf, constraint in zip(found, asked, strict=True)]
+
+
+def _placed(leaf: Leaf | None, constraint: Constraint | None) -> Placed | None:
+    if leaf is None or constraint is None:
+        return None
+    shape = tuple(jnp.shape(leaf.array))
+    if getattr(constraint, "axis", None) == "fan_in":
+        vectors = leaf.fan_in and axes.resolve(leaf.fan_in, shape, "out_last", leaf.name)
+    else:
+        vectors = constraint.resolve(shape, "out_last", leaf.name)
+    if not vectors:
+        return None
+    projections.float_type(jnp.asarray(leaf.array), leaf.name)
+    return Placed(leaf.name, constraint, vectors)
+
+
+def _spread(constraints: Any, params: Any) -> list[Constraint | None]:
+    """The constraint of every leaf, from a tree whose leaves stand for all that is below them in `params`."""
+    try:
+        tree = jax.tree.broadcast(constraints, params, is_leaf=absent)
+    except ValueError as error:
+        raise ValueError(f"the tree of constraints does not have the structure of the parameters: {error}") from None
+    return jax.tree.leaves(tree, is_leaf=_is_none)
+
+
+def _is_rules(constraints: Any, params: Any) -> TypeGuard[rules.Rules]:
+    if not isinstance(constraints, Mapping) or not constraints:
+        return False
+    flat = all(isinstance(key, str) for key in constraints) and all(
+        value is None or isinstance(value, Constraint) for value in constraints.values()
+    )
+    return flat and not (hasattr(params, "keys") and set(params.keys()) == set(constraints))
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
+def _refuse_flat(constraint: Constraint, leaf: Leaf) -> None:
+    if getattr(constraint, "axis", None) == "fan_in" and len(jnp.shape(leaf.array)) == 1:
+        raise ValueError(
+            f"the parameters are one bare array of shape {jnp.shape(leaf.array)}, which has no fan-in. Inside "
+            "optax.flatten a projection cannot see the neurons: chain(flatten(inner), projection(...)) does; "
+            "axis=None makes the whole array one vector"
+        )
