@@ -11,6 +11,7 @@ from typing import Any
 from projgd.axes import Split
 from projgd.config import from_config
 from projgd.constraints import Constraint, MaxNorm, NonNegative, Sphere, UnitNorm
+from projgd.report import report
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "UnitNorm",
     "Update",
     "from_config",
+    "report",
     *_LAZY,
 ]
 

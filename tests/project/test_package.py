@@ -1,0 +1,173 @@
+"""The package from outside: what importing it loads, and that its wheel works in an empty environment."""
+
+import ast
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = ("torch", "jax", "optax", "keras", "tensorflow", "numba", "matplotlib")
+
+BLOCK = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def python(code: str, absent: tuple[str, ...] = (), executable: str = sys.executable, **options) -> str:
+    """What a fresh interpreter prints, where the modules `absent` cannot be imported."""
+    code = (BLOCK.format(absent=absent) if absent else "") + code
+    done = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_no_framework():
+    code = f"import sys, projgd, projgd.rules, projgd.report; print([m for m in {FRAMEWORKS} if m in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+def test_core_works_without_any_framework():
+    code = """
+import numpy as np, projgd
+w = projgd.MaxNorm(1.0).project(np.asarray([[3.0], [4.0]]))
+assert abs(np.linalg.norm(w) - 1) < 1e-12
+assert projgd.report({"w": w}, projgd.MaxNorm(1.0)).violations == 0
+for name in ("ProjectedSGD", "maxnorm_projection"):
+    try:
+        getattr(projgd, name)
+    except ModuleNotFoundError as error:
+        print(name, "needs", error.name)
+"""
+    assert python(code, FRAMEWORKS) == "ProjectedSGD needs torch\nmaxnorm_projection needs jax\n"
+
+
+def test_torch_front_without_jax():
+    code = """
+import torch, projgd.torch
+layer = torch.nn.Linear(3, 2)
+optimizer = projgd.torch.ProjectedSGD(layer.parameters(), lr=10.0, c=0.5)
+layer(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+print(layer.weight.norm(dim=1).max().item() <= 0.5, "jax" in sys.modules)
+"""
+    assert python(code, ("jax", "jaxlib", "optax", "numba")) == "True False\n"
+
+
+def test_jax_front_without_torch():
+    code = """
+import jax.numpy as jnp, optax, projgd.optax
+params = {"kernel": jnp.ones((3, 2))}
+tx = optax.chain(optax.sgd(0.1), projgd.optax.maxnorm_projection(0.5))
+updates, _ = tx.update(params, tx.init(params), params)
+norms = jnp.linalg.norm(optax.apply_updates(params, updates)["kernel"], axis=0)
+print(float(norms.max()) <= 0.5, "torch" in sys.modules)
+"""
+    assert python(code, ("torch", "numba")) == "True False\n"
+
+
+def test_top_level_names_are_the_fronts_own():
+    code = """
+import projgd, projgd.torch, projgd.optax
+assert projgd.ProjectedSGD is projgd.torch.ProjectedSGD
+assert projgd.ProjectedAdam is projgd.torch.ProjectedAdam
+assert projgd.ProjectedAdamW is projgd.torch.ProjectedAdamW
+assert projgd.maxnorm_projection is projgd.optax.maxnorm_projection
+assert set(projgd.__all__) <= set(dir(projgd))
+for name in projgd.__all__:
+    getattr(projgd, name)
+try:
+    projgd.ProjectedSDG
+except AttributeError as error:
+    print(error)
+"""
+    assert python(code) == "module 'projgd' has no attribute 'ProjectedSDG'\n"
+
+
+@pytest.mark.parametrize("front", ["torch", "optax"])
+def test_arrows_run_one_way(front):
+    """The core imports no front, and the fronts do not import each other."""
+    package = ROOT / "projgd"
+    fronts = {"torch", "optax"}
+    own = list((package / front).glob("*.py"))
+    core = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+    for path in own + core:
+        imported = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        others = fronts - {front} if path in own else fronts
+        assert not {n for n in imported for o in others if n.startswith(f"projgd.{o}")}, path
+        if path in core:
+            assert not {n for n in imported if n.partition(".")[0] in ("torch", "jax", "optax")}, path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The project's wheel, built by pip from this checkout with the build tools at hand (no network)."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = ["pyproject.toml", "README.md", "LICENSE"]
+    source.mkdir()
+    for name in tracked:
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "projgd").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "-w", str(folder), str(source)], check=True, timeout=300)
+    (made,) = folder.glob("projgd-*.whl")
+    return made
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "projgd").rglob("*.py")}
+    assert names == modules | {"projgd/py.typed"}
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert len(required) == 1
+    assert "array-api-compat" in required[0]
+
+
+def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
+    """Only the wheel is installed; its one dependency and NumPy are lent from here, so that nothing is downloaded."""
+    home = tmp_path / "env"
+    venv.create(home, with_pip=False)
+    executable = str(home / "bin" / "python")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}, scheme="venv"))
+    pip = [sys.executable, "-m", "pip", "--python", executable, "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=300)
+    here = Path(sysconfig.get_path("purelib"))
+    for lent in ("array_api_compat", "numpy", "numpy.libs"):
+        if (here / lent).exists():
+            (site / lent).symlink_to(here / lent)
+    code = """
+import numpy as np, projgd
+assert "site-packages" in projgd.__file__, projgd.__file__
+w = projgd.MaxNorm(1.0).project(np.full((4, 2), 3.0, np.float32))
+print(projgd.__version__, w.dtype, bool((np.linalg.norm(w.astype(float), axis=0) <= 1).all()))
+"""
+    clean = {"PATH": "/usr/bin:/bin"}
+    assert python(code, executable=executable, env=clean, cwd=tmp_path) == "0.1.0 float32 True\n"
