@@ -6,11 +6,11 @@ array of the same library, dtype, shape and device. This is the reference that e
 How the contract is kept for a ball of radius c (docs/guarantees.md has the proof):
 
 * *Scale, then square.* A vector is divided by its largest entry r before it is squared, so nothing over- or underflows.
-* *Short sums.* Squares are summed in a tree of `BLOCK`s, so the norm N has a relative error of at most e, a few dozen
-  units in the last place even for 1,000,000 entries.
+* *Short sums.* Squares are summed in a tree of `BLOCK`s, so the norm N has a relative error of at most e, in float32
+  36 units in the last place even for 1,000,000 entries.
 * *A guard for rounding.* A vector with N > T = c(1 - e) may be outside; it is scaled to s = c(1 - 3e)/(1 + u), u the
   rounding of the stored type. So what is stored has a true norm of at most c, and its computed norm is at most T: the
-  next projection leaves it alone.
+  next projection leaves it alone. Every faster path uses the same T and s, with a norm that errs by at most e.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class FloatType:
     unit: float  # relative error of rounding to nearest, 2^-p
     tiny: float  # absolute error of rounding near zero, subnormals flushed or not
     compute: str  # the dtype that sums and products are taken in
+    free: int  # how many squares a path may add up in any order that it likes, the rest of the sum being careful
 
 
 FLOATS = {
-    "float64": FloatType(2.0**-53, 2.0**-1022, "float64"),
-    "float32": FloatType(2.0**-24, 2.0**-126, "float32"),
-    "bfloat16": FloatType(2.0**-8, 2.0**-126, "float32"),
-    "float16": FloatType(2.0**-11, 2.0**-25, "float32"),
+    "float64": FloatType(2.0**-53, 2.0**-1022, "float64", 4096),
+    "float32": FloatType(2.0**-24, 2.0**-126, "float32", 60),
+    "bfloat16": FloatType(2.0**-8, 2.0**-126, "float32", 60),
+    "float16": FloatType(2.0**-11, 2.0**-25, "float32", 60),
 }
 
 
@@ -71,7 +72,7 @@ def project_ball(x: Array, c: Scalar, axes: tuple[int, ...], xp: ModuleType | No
     limits = ball_limits(kind, x.shape, axes, c, xp)
     outside, z, _, z_norm = beyond(x, limits.threshold, axes, xp)
     y = z * (limits.target / xp.where(outside, z_norm, xp.ones_like(z_norm)))
-    stored = _fill(y, limits.inner, limits.threshold, axes, xp, x.dtype) if limits.fill else xp.astype(y, x.dtype)
+    stored = _fill(y, limits.inner, limits.target, axes, xp, x.dtype) if limits.fill else xp.astype(y, x.dtype)
     return xp.where(outside, stored, x)
 
 
@@ -169,7 +170,7 @@ def measure(u: Array, w: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[
 
 
 def norm_error(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...]) -> float:
-    """Relative error bound of `norm`: half the depth of the tree of sums, and 6 for everything else, in units."""
+    """Relative error of `norm` at most: half the depth of the tree of sums, and 6 for everything else, in units."""
     depth = 0
     for a in axes:
         n = shape[a]
@@ -179,13 +180,19 @@ def norm_error(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...]) -
     return (depth / 2 + 6) * FLOATS[kind.compute].unit
 
 
+def guard(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...]) -> float:
+    """Relative error that a norm may have by whatever path, `norm` or a faster one: what the limits of a ball allow."""
+    length = math.prod([shape[a] for a in axes])
+    return max(norm_error(kind, shape, axes), (min(length, kind.free) / 2 + 6) * FLOATS[kind.compute].unit)
+
+
 @dataclass(frozen=True)
 class BallLimits:
     """Norms that decide what becomes of a vector; all in the computing dtype."""
 
     threshold: Scalar  # a computed norm above this one may be outside
     target: Scalar  # what a vector outside is scaled to before it is rounded
-    inner: Scalar  # what its stored norm may reach: the target without the guard for rounding to the stored type
+    inner: Scalar  # what its stored norm may reach where `fill` is at work
     fill: bool  # rounding to nearest cannot be tight here (subnormal float16)
 
 
@@ -193,25 +200,26 @@ def ball_limits(
     kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], c: Scalar, xp: ModuleType
 ) -> BallLimits:
     """The guard bands of a ball of radius c for vectors of this dtype and length."""
-    error = norm_error(kind, shape, axes)
+    error = guard(kind, shape, axes)
     length = math.prod([shape[a] for a in axes])
     coarse = math.sqrt(length) * kind.tiny  # the norm of all roundings near zero
     largest = math.ldexp(1 - 2.0**-24, 128) if kind.compute == "float32" else math.ldexp(1 - 2.0**-53, 1024)
+    smallest = FLOATS[kind.compute].tiny * 2.0**66  # 2^-32 of it, and of any norm above it, is not subnormal
     if isinstance(c, (int, float)):
-        if c * 2.0**-32 < FLOATS[kind.compute].tiny:
-            raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}")
+        if c < smallest:
+            raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}: pass at least {smallest:.0e}")
         c = min(float(c), largest)
         fill = coarse > 2.5e-4 * c
         target = max(c * (1 - 3 * error) - coarse, 0.0) / (1 + kind.unit)
     else:
         c = xp.astype(xp.asarray(c), getattr(xp, kind.compute))
-        c = xp.where(c > 0, c, xp.full_like(c, math.nan))  # never a silent no-op
+        c = xp.where(c >= smallest, c, xp.full_like(c, math.nan))  # never a silent no-op
         fill = kind is FLOATS["float16"] and coarse > 2.5e-4 * 1e-3
         target = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
         target = xp.where(target < 0, xp.zeros_like(target), target)
     if fill:
         target = c * (1 - 4 * error)
-    return BallLimits(c * (1 - error), target, c * (1 - 3 * error), fill)
+    return BallLimits(c * (1 - error), target, c * (1 - 2.0**-12), fill)
 
 
 def _scaled(x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
@@ -253,7 +261,7 @@ def _root(square: Array, xp: ModuleType) -> Array:
     return xp.where(positive, xp.sqrt(xp.where(positive, square, xp.ones_like(square))), square)
 
 
-def _fill(y: Array, inner: Scalar, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType, dtype: Any) -> Array:
+def _fill(y: Array, inner: Scalar, target: Scalar, axes: tuple[int, ...], xp: ModuleType, dtype: Any) -> Array:
     """Round y to float16 towards zero, then give entries one subnormal step more, in order, while the norm allows it.
 
     Where most entries are subnormal their spacing is coarse against the ball (c = 1e-3 over a million entries is 17
@@ -271,7 +279,8 @@ def _fill(y: Array, inner: Scalar, threshold: Scalar, axes: tuple[int, ...], xp:
     gain = xp.where(coarse, (2 * low + step) * step, xp.zeros_like(low))
     room = inner * inner - _sum(low * low, (1,), xp)
     more = low + xp.where(coarse & (_running_sum(gain, xp) <= room), step, 0.0)
-    fits = _root(_sum(more * more, (1,), xp), xp) <= threshold  # the running sum rounds: keep what is proven
+    # `inner` leaves room for the rounding of the running sum, 2^-12 for a million entries; keep what is proven.
+    fits = _root(_sum(more * more, (1,), xp), xp) <= target
     q = xp.astype(xp.where(y < 0, -1.0, 1.0) * xp.where(fits, more, low), dtype)
     q = xp.reshape(q, tuple(shape[a] for a in (*rest, *axes)))
     back = (*rest, *axes)

@@ -8,7 +8,8 @@ from typing import Any
 import array_api_compat.torch as xp
 import torch
 
-from projgd.constraints import Constraint
+from projgd.constraints import Constraint, MaxNorm
+from projgd.torch import ball
 from projgd.torch.settings import constraint_of
 
 
@@ -31,6 +32,9 @@ def project_(p: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None 
     """Project one parameter in place."""
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
+        return
+    if isinstance(constraint, MaxNorm) and skip is None and ball.takes(p):
+        ball.project_ball_(p, constraint.c, vectors)
         return
     w = p.clone() if torch.is_grad_enabled() else p  # differentiable: autograd keeps what the projection started from
     projection = constraint.onto(w.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape)

@@ -1,0 +1,138 @@
+"""The projection onto the ball, in place: what `projections.project_ball` says, at the price of a norm and a multiply.
+
+The reference scales every vector by its largest entry before it squares. Here it is squared as it is, which is right
+unless something over- or underflows; a norm that is not finite sends the whole parameter to the reference.
+
+Norms are summed in blocks of `BLOCK` entries in float32, and from there on in float64. Whatever the order within a
+block, that errs by at most (BLOCK + 1) / 2 + 1 units (Higham, Accuracy and Stability of Numerical Algorithms, section
+4.2): within the 36 that `projections.guard` allows for. CUDA sums all in float64, which costs nothing beside the
+reading of the weights, and where no square of a float32 over- or underflows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import array_api_compat.torch as xp
+import torch
+
+from projgd import projections
+from projgd.axes import Vectors
+from projgd.projections import BallLimits
+
+BLOCK = 64
+_norm = torch.linalg.vector_norm
+
+
+def takes(p: torch.Tensor) -> bool:
+    """Whether `project_ball_` may have this parameter: a plain tensor, not followed by autograd."""
+    return type(p) in (torch.Tensor, torch.nn.Parameter) and not torch.is_grad_enabled()
+
+
+def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> None:
+    """Put every vector of `p` that is longer than `c` on the ball of radius c. No other bit of `p` changes."""
+    if torch.compiler.is_compiling():
+        _opaque(p, c, list(vectors.shape), list(vectors.axes))
+        return
+    x, axes = p.reshape(vectors.shape), vectors.axes
+    limits = _limits(p.dtype, vectors, c)
+    # Near c the squares must be far from both ends of float32.
+    plain = axes and x.numel() and x.dtype != torch.float64 and not limits.fill and 2.0**-40 <= c <= 2.0**60
+    if plain and x.device.type == "cuda":
+        _branch_free(x, limits, axes)
+    elif not (plain and x.device.type == "cpu" and _blocked(x, limits, axes)):
+        x.copy_(projections.project_ball(x, c, axes, xp))
+
+
+@torch.library.custom_op("projgd::project_ball_", mutates_args=("p",))
+def _opaque(p: torch.Tensor, c: float, shape: list[int], axes: list[int]) -> None:
+    """`project_ball_` for torch.compile, which sees no inside: what is projected is what is stored.
+
+    Fused with the step before it, the norm would be that of weights that are not yet rounded to bfloat16.
+    """
+    project_ball_(p, c, Vectors(tuple(shape), tuple(axes)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
+    kind = projections.FLOATS[str(dtype).removeprefix("torch.")]
+    return projections.ball_limits(kind, vectors.shape, vectors.axes, c, xp)
+
+
+def _blocked(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> bool:
+    """Project `x` if all its norms are finite, and say whether they are."""
+    wide = x.float()  # x itself where it is float32
+    norms = _norms(wide, _plan(tuple(x.shape), x.stride(), axes))
+    largest = norms.max().item()
+    if largest <= limits.threshold:
+        return True
+    if not math.isfinite(largest):
+        return False
+    factor = torch.where(norms > limits.threshold, limits.target / norms, 1.0).float()
+    if wide is x:
+        x.mul_(factor)
+    else:
+        x.copy_(wide.mul_(factor))
+    return True
+
+
+def _branch_free(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> None:
+    """Project `x` without reading a number back: the host never waits."""
+    norms = _norm(x, dim=axes, keepdim=True, dtype=torch.float64)
+    outside = (norms > limits.threshold) & norms.isfinite()
+    factor = torch.where(outside, limits.target / norms, 1.0).float()
+    x.copy_(torch.where(outside, (x * factor).to(x.dtype), x))  # half times float32 is float32
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the norms of an array are summed: axes that are neighbours in memory taken as one, then cut into blocks."""
+
+    order: list[int]  # the axes as they lie in memory
+    runs: list[int]  # and those that can be, merged
+    within: list[int]  # merged axes that fit into one block together
+    beyond: list[int]  # the other merged axes to sum over, of which the last is cut into blocks of
+    block: int
+    shape: list[int]  # of the norms, in the order of memory
+    back: list[int]  # from there to the order of the array
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...]) -> _Plan:
+    order = sorted(range(len(shape)), key=lambda a: -stride[a])
+    runs: list[int] = []
+    reduced: list[bool] = []
+    for a in order:
+        if reduced and reduced[-1] == (a in axes):
+            runs[-1] *= shape[a]
+        else:
+            runs.append(shape[a])
+            reduced.append(a in axes)
+    block, within, beyond = BLOCK, [], []
+    for i in reversed(range(len(runs))):
+        if reduced[i] and runs[i] <= block:
+            within.append(i)
+            block //= runs[i]
+        elif reduced[i]:
+            beyond.append(i)
+    kept = [1 if a in axes else shape[a] for a in order]
+    return _Plan(order, runs, within, beyond, block, kept, [order.index(a) for a in range(len(shape))])
+
+
+def _norms(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """‖x‖₂ of float32 vectors in float64, reduced axes kept with size 1."""
+    y = x.permute(plan.order).reshape(plan.runs)
+    if not plan.beyond:
+        norms: torch.Tensor = _norm(y, dim=plan.within, keepdim=True).double()
+    else:
+        d, n, block = plan.beyond[0], plan.runs[plan.beyond[0]], plan.block
+        full = n - n % block
+        cut = y.narrow(d, 0, full).reshape([*plan.runs[:d], full // block, block, *plan.runs[d + 1 :]])
+        cut = _norm(cut, dim=[d + 1, *(i + (i > d) for i in plan.within)], keepdim=True).squeeze(d + 1)
+        norms = _norm(cut, dim=plan.beyond, keepdim=True, dtype=torch.float64)
+        if full < n:
+            rest = _norm(y.narrow(d, full, n - full), dim=[d, *plan.within], keepdim=True)
+            norms = torch.hypot(norms, _norm(rest, dim=plan.beyond, keepdim=True, dtype=torch.float64))
+    return norms.reshape(plan.shape).permute(plan.back)
