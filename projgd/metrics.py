@@ -100,7 +100,7 @@ def project_sphere(
     if 0 in x.shape:
         return x
     off, z, r, z_norm = projections.off_sphere(x, radius, axes, xp)
-    longer = z_norm * (r * 2.0**-32) > radius * 2.0**-32
+    longer = z_norm * (r * 2.0**-16) > radius * 2.0**-16
     q = _nearest(z, r, metric, radius, off, longer, axes, xp, repeat or _all_steps)
     return xp.where(off, projections.project_sphere(xp.astype(q, x.dtype), radius, axes, xp), x)
 

@@ -116,8 +116,8 @@ def beyond(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -
     """Which finite vectors have a computed norm above `threshold`; and x / r, r, ‖x / r‖ with r the largest entries."""
     z, r = _scaled(x, axes, xp)
     z_norm = _root(_sum(z * z, axes, xp), xp)
-    # Compared 2^32 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
-    return xp.isfinite(r) & ~(z_norm * (r * 2.0**-32) <= threshold * 2.0**-32), z, r, z_norm
+    # Compared 2^16 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
+    return xp.isfinite(r) & ~(z_norm * (r * 2.0**-16) <= threshold * 2.0**-16), z, r, z_norm
 
 
 def off_sphere(
@@ -130,7 +130,7 @@ def off_sphere(
     length = math.sqrt(math.prod([x.shape[a] for a in axes]))
     usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
     band = (usual if moved else kind.unit + 3 * norm_error(kind, x.shape, axes)) * radius + length * kind.tiny
-    near = xp.abs(z_norm * (r * 2.0**-32) - radius * 2.0**-32) <= band * 2.0**-32
+    near = xp.abs(z_norm * (r * 2.0**-16) - radius * 2.0**-16) <= band * 2.0**-16
     return xp.isfinite(r) & (z_norm > 0) & ~near, z, r, z_norm  # "not near", so that a NaN radius shows
 
 
@@ -204,7 +204,7 @@ def ball_limits(
     length = math.prod([shape[a] for a in axes])
     coarse = math.sqrt(length) * kind.tiny  # the norm of all roundings near zero
     largest = math.ldexp(1 - 2.0**-24, 128) if kind.compute == "float32" else math.ldexp(1 - 2.0**-53, 1024)
-    smallest = FLOATS[kind.compute].tiny * 2.0**66  # 2^-32 of it, and of any norm above it, is not subnormal
+    smallest = FLOATS[kind.compute].tiny * 2.0**32  # 2^-16 of it, and of any norm above it, is not subnormal
     if isinstance(c, (int, float)):
         if c < smallest:
             raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}: pass at least {smallest:.0e}")
