@@ -2,6 +2,7 @@
 
 from projgd.torch.hooks import project_after_step
 from projgd.torch.layers import param_groups
+from projgd.torch.metrics import register_metric
 from projgd.torch.optimizers import (
     Projected,
     ProjectedAdadelta,
@@ -42,4 +43,5 @@ __all__ = [
     "param_groups",
     "project_after_step",
     "projected",
+    "register_metric",
 ]

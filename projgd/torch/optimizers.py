@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from projgd.torch import settings
+from projgd.torch import metrics, settings
 from projgd.torch.project import project_group
 
 # Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
@@ -50,7 +50,9 @@ class Projected(Optimizer):
         if self.defaults and (unknown := sorted(set(group) - known)):
             raise ValueError(f"a param group has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         group |= settings.settle(group, self._inherited)
-        settings.check(settings.constraint_of(group), settings.named(group, len(self.param_groups)))
+        constraint = settings.constraint_of(group)
+        settings.check(constraint, settings.named(group, len(self.param_groups)))
+        metrics.check(constraint, group["metric"], self.inner)
         super().add_param_group(group)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -63,6 +65,7 @@ class Projected(Optimizer):
         inner: Any = self.inner.step
         if getattr(inner, "hooked", False):
             inner = inner.__wrapped__
+        kept = metrics.before_step(self, self.inner)
         if torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS:
             with torch.set_grad_enabled(differentiable):
                 loss = _call(inner.__wrapped__, self, closure, kwargs)
@@ -70,7 +73,8 @@ class Projected(Optimizer):
             loss = _call(inner, self, closure, kwargs)
         with torch.set_grad_enabled(differentiable):
             for group in self.param_groups:
-                project_group(group, getattr(self, "found_inf", None))
+                metric = metrics.after_step(self, self.inner, group, kept)
+                project_group(group, getattr(self, "found_inf", None), metric)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +87,10 @@ class Projected(Optimizer):
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):
             saved = [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
+            for group in saved:
+                metrics.check(settings.constraint_of(group), group["metric"], self.inner)
+                for i in group["params"]:
+                    metrics.check_state(state_dict["state"].get(i, {}), group, self.inner)
         super().load_state_dict({**state_dict, "param_groups": saved})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,6 +108,10 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
 
     The class returned takes everything that `cls` takes, and for all groups or in each group: `c=` (with `axis=`), the
     max-norm bound; or `constraint=`; `c=None` frees a group. A group's own setting wins over the constructor's.
+
+    `metric="adaptive"` projects in the norm Σ D_i w_i² of the diagonal D that the optimizer divides its step by, which
+    it must to end at the constrained optimum; `"euclidean"`, the default, in the plain norm. D is known for Adam,
+    AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop, Adadelta, Adafactor and SparseAdam; `register_metric` adds to them.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)

@@ -2,42 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import array_api_compat.torch as xp
 import torch
 
+from projgd import metrics
+from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
 from projgd.torch import ball
 from projgd.torch.settings import constraint_of
 
+Metric = Callable[[torch.Tensor], torch.Tensor | None]
+"""From a parameter to the diagonal D that its step was divided by; None for the identity."""
 
-def project_group(group: Mapping[str, Any], skip: torch.Tensor | None = None) -> None:
+
+def project_group(group: Mapping[str, Any], skip: torch.Tensor | None = None, metric: Metric | None = None) -> None:
     """Project the parameters of a param group that have a gradient, and with `without_grad` all of them."""
     params = group["params"] if group["without_grad"] else [p for p in group["params"] if p.grad is not None]
-    project_params(params, constraint_of(group), skip)
+    project_params(params, constraint_of(group), skip, metric)
 
 
 def project_params(
-    params: Iterable[torch.Tensor], constraint: Constraint | None, skip: torch.Tensor | None = None
+    params: Iterable[torch.Tensor],
+    constraint: Constraint | None,
+    skip: torch.Tensor | None = None,
+    metric: Metric | None = None,
 ) -> None:
     """Project parameters in place; not where `skip`, GradScaler's count of gradients with inf or NaN, is positive."""
     if constraint is not None:
         for p in params:
-            project_(p, constraint, skip)
+            project_(p, constraint, skip, metric)
 
 
-def project_(p: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None = None) -> None:
+def project_(
+    p: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None = None, metric: Metric | None = None
+) -> None:
     """Project one parameter in place."""
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
         return
-    if isinstance(constraint, MaxNorm) and skip is None and ball.takes(p):
+    if metric is None and isinstance(constraint, MaxNorm) and skip is None and ball.takes(p):
         ball.project_ball_(p, constraint.c, vectors)
         return
     w = p.clone() if torch.is_grad_enabled() else p  # differentiable: autograd keeps what the projection started from
-    projection = constraint.onto(w.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape)
+    x = w.reshape(vectors.shape)
+    projection = constraint.onto(x, vectors.axes, xp)
+    if metric is not None:
+        projection = _in_metric(p, x, projection, vectors, constraint, metric)
+    projection = projection.reshape(p.shape)
     if skip is not None:  # chosen on the device: reading `skip` here would wait for it
         projection = torch.where(skip.to(p.device) > 0, p, projection)
     p.copy_(projection)
+
+
+def _in_metric(
+    p: torch.Tensor, x: torch.Tensor, euclidean: torch.Tensor, vectors: Vectors, constraint: Constraint, metric: Metric
+) -> torch.Tensor:
+    """The projection of x in the metric of its step.
+
+    Vectors that the Euclidean projection leaves alone are in the set, whatever the metric. On a CPU that can be looked
+    at: nothing more is done where there are no others. Elsewhere looking would wait for the device.
+    """
+    look = type(x.data) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and not bool((euclidean != x).any()):
+        return euclidean
+    diagonal = metric(p)
+    if diagonal is None:
+        return euclidean
+    repeat = _until_done if look else None
+    projection: torch.Tensor = constraint.onto_in(diagonal.reshape(vectors.shape), x, vectors.axes, xp, repeat)
+    return projection
+
+
+def _until_done(body: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor) -> torch.Tensor:
+    nu = start
+    for _ in range(metrics.STEPS):
+        nu, done = body(nu)
+        if bool(done):
+            break
+    return nu

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from projgd import projections
 from projgd.config import from_config
 from projgd.constraints import Constraint, MaxNorm
+from projgd.metrics import NAMES
 from projgd.torch import sharded
 
 KEYS = ("c", "axis", "constraint", "update", "metric", "without_grad")
@@ -51,8 +52,8 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         raise TypeError(f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0)")
     if settings["update"] is not None:
         raise ValueError(f"update={settings['update']!r} is not known: pass None, the update as it comes")
-    if settings["metric"] != "euclidean":
-        raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean"')
+    if settings["metric"] not in NAMES:
+        raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean" or "adaptive"')
     constraint_of(settings)  # c and axis are checked by making the constraint
     return settings
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from projgd import MaxNorm, NonNegative, UnitNorm, metrics, projections
+from tests.optimality import residual
 
 TIGHT = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
@@ -43,16 +44,6 @@ def exact(y, d, c):
             norm = mpmath.sqrt(sum((w / (b - smallest + middle)) ** 2 for w, b in pairs))
             low, high = (middle, high) if norm > c else (low, middle)
         return np.asarray([float(w / (b - smallest + high)) for w, b in pairs])
-
-
-def residual(x, y, d):
-    """‖D(y - x) - λx‖∞ for the best λ, relative to the largest of D|y| and D|x|; and that λ. Row by row, in float64."""
-    x, y, d = (np.asarray(a, dtype=np.float64) for a in (x, y, d))
-    d = d / d.max(-1, keepdims=True)
-    pull = d * (y - x)
-    multiplier = (x * pull).sum(-1, keepdims=True) / (x * x).sum(-1, keepdims=True)
-    scale = np.maximum(d * abs(y), d * abs(x)).max(-1)
-    return abs(pull - multiplier * x).max(-1) / scale, multiplier[..., 0]
 
 
 @settings(max_examples=120, deadline=None)
