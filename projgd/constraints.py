@@ -18,7 +18,7 @@ from projgd import axes as _axes
 from projgd import metrics, projections
 from projgd.axes import Axis, Vectors
 from projgd.config import Configured
-from projgd.projections import Array, Scalar
+from projgd.projections import Array, FloatType, Scalar
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class Constraint(Configured, ABC):
     def land(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         """`onto` for weights that a step has just moved, when they need not come back bit for bit."""
         return self.onto(x, axes, xp)
+
+    def rescale(
+        self, z_norm: Array, r: Array, kind: FloatType, vectors: Vectors, xp: ModuleType
+    ) -> tuple[Array, Array] | None:
+        """For a set that only scales vectors: which of them, and by what; None for another set.
+
+        The norms are given as r · z_norm, a vector x as x / r · the factor: where a vector is spread over several
+        machines its norm is all that they share.
+        """
+        return None
 
     def onto_in(
         self,
@@ -141,6 +151,13 @@ class MaxNorm(Constraint):
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         return projections.project_ball(x, self.c, axes, xp)
 
+    def rescale(
+        self, z_norm: Array, r: Array, kind: FloatType, vectors: Vectors, xp: ModuleType
+    ) -> tuple[Array, Array] | None:
+        limits = projections.ball_limits(kind, vectors.shape, vectors.axes, self.c, xp, may_fill=False)
+        outside = projections.is_beyond(z_norm, r, limits.threshold, xp)
+        return outside, limits.target / xp.where(outside, z_norm, xp.ones_like(z_norm))
+
     def onto_in(
         self,
         metric: Array,
@@ -189,6 +206,13 @@ class Sphere(Constraint):
 
     def land(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         return projections.project_sphere(x, self._number(), axes, xp, moved=True)
+
+    def rescale(
+        self, z_norm: Array, r: Array, kind: FloatType, vectors: Vectors, xp: ModuleType
+    ) -> tuple[Array, Array] | None:
+        radius = self._number()
+        off = projections.is_off(z_norm, r, radius, kind, vectors.shape, vectors.axes, xp)
+        return off, radius / xp.where(off, z_norm, xp.ones_like(z_norm))
 
     def onto_in(
         self,

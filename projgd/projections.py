@@ -116,28 +116,40 @@ def beyond(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -
     """Which finite vectors have a computed norm above `threshold`; and x / r, r, ‖x / r‖ with r the largest entries."""
     z, r = _scaled(x, axes, xp)
     z_norm = _root(_sum(z * z, axes, xp), xp)
+    return is_beyond(z_norm, r, threshold, xp), z, r, z_norm
+
+
+def is_beyond(z_norm: Array, r: Array, threshold: Scalar, xp: ModuleType) -> Array:
+    """Which finite vectors have a norm r · z_norm above `threshold`."""
     # Compared 2^16 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
-    return xp.isfinite(r) & ~(z_norm * (r * 2.0**-16) <= threshold * 2.0**-16), z, r, z_norm
+    return xp.isfinite(r) & ~(z_norm * (r * 2.0**-16) <= threshold * 2.0**-16)
 
 
 def off_sphere(
     x: Array, radius: Scalar, axes: tuple[int, ...], xp: ModuleType, moved: bool = False
 ) -> tuple[Array, Array, Array, Array]:
     """Which finite vectors, but zero ones, have a norm that is not `radius` to rounding; the rest as in `beyond`."""
-    kind = float_type(x)
     z, r = _scaled(x, axes, xp)
     z_norm = _root(_sum(z * z, axes, xp), xp)
-    band = sphere_band(kind, x.shape, axes, radius, moved)
-    near = xp.abs(z_norm * (r * 2.0**-16) - radius * 2.0**-16) <= band * 2.0**-16
-    return xp.isfinite(r) & (z_norm > 0) & ~near, z, r, z_norm  # "not near", so that a NaN radius shows
+    return is_off(z_norm, r, radius, float_type(x), x.shape, axes, xp, moved), z, r, z_norm
 
 
-def sphere_band(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], radius: Scalar, moved: bool) -> Scalar:
-    """How far from `radius` a computed norm may lie for its vector to come back as it is; see `project_sphere`."""
+def is_off(
+    z_norm: Array,
+    r: Array,
+    radius: Scalar,
+    kind: FloatType,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    xp: ModuleType,
+    moved: bool = False,
+) -> Array:
+    """Which finite vectors, but zero ones, have a norm r · z_norm that is not `radius` to rounding."""
     length = math.sqrt(math.prod([shape[a] for a in axes]))
-    compute = FLOATS[kind.compute].unit
-    usual = 4 * compute + (kind.unit / length if kind.unit > compute else 0.0)
-    return (usual if moved else kind.unit + 3 * norm_error(kind, shape, axes)) * radius + length * kind.tiny
+    usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
+    band = (usual if moved else kind.unit + 3 * norm_error(kind, shape, axes)) * radius + length * kind.tiny
+    near = xp.abs(z_norm * (r * 2.0**-16) - radius * 2.0**-16) <= band * 2.0**-16
+    return xp.isfinite(r) & (z_norm > 0) & ~near  # "not near", so that a NaN radius shows
 
 
 def norm(x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
@@ -203,7 +215,7 @@ class BallLimits:
 
 
 def ball_limits(
-    kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], c: Scalar, xp: ModuleType
+    kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], c: Scalar, xp: ModuleType, may_fill: bool = True
 ) -> BallLimits:
     """The guard bands of a ball of radius c for vectors of this dtype and length."""
     error = guard(kind, shape, axes)
@@ -215,12 +227,12 @@ def ball_limits(
         if c < smallest:
             raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}: pass at least {smallest:.0e}")
         c = min(float(c), largest)
-        fill = coarse > 2.5e-4 * c
+        fill = may_fill and coarse > 2.5e-4 * c
         target = max(c * (1 - 3 * error) - coarse, 0.0) / (1 + kind.unit)
     else:
         c = xp.astype(xp.asarray(c), getattr(xp, kind.compute))
         c = xp.where(c >= smallest, c, xp.full_like(c, math.nan))  # never a silent no-op
-        fill = kind is FLOATS["float16"] and coarse > 2.5e-4 * 1e-3
+        fill = may_fill and kind is FLOATS["float16"] and coarse > 2.5e-4 * 1e-3
         target = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
         target = xp.where(target < 0, xp.zeros_like(target), target)
     if fill:

@@ -20,7 +20,6 @@ from projgd.torch.optimizers import (
     ProjectedRprop,
     ProjectedSGD,
     ProjectedSparseAdam,
-    hyperball,
     projected,
 )
 
@@ -41,7 +40,6 @@ __all__ = [
     "ProjectedRprop",
     "ProjectedSGD",
     "ProjectedSparseAdam",
-    "hyperball",
     "param_groups",
     "project_after_step",
     "projected",

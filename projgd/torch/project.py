@@ -11,25 +11,17 @@ import torch
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import ball
+from projgd.torch import ball, sharded
 from projgd.torch.settings import constraint_of
 
 Metric = Callable[[torch.Tensor], torch.Tensor | None]
 """From a parameter to the diagonal D that its step was divided by; None for the identity."""
 
-Initial = Mapping[torch.Tensor, torch.Tensor]
-"""What the sets of an optimizer took from the initial weights, by parameter."""
 
-
-def project_group(
-    group: Mapping[str, Any],
-    skip: torch.Tensor | None = None,
-    metric: Metric | None = None,
-    initial: Initial | None = None,
-) -> None:
+def project_group(group: Mapping[str, Any], skip: torch.Tensor | None = None, metric: Metric | None = None) -> None:
     """Project the parameters of a param group that have a gradient, and with `without_grad` all of them."""
     params = group["params"] if group["without_grad"] else [p for p in group["params"] if p.grad is not None]
-    project_params(params, constraint_of(group), skip, metric, initial)
+    project_params(params, constraint_of(group), skip, metric)
 
 
 def project_params(
@@ -37,12 +29,30 @@ def project_params(
     constraint: Constraint | None,
     skip: torch.Tensor | None = None,
     metric: Metric | None = None,
-    initial: Initial | None = None,
 ) -> None:
     """Project parameters in place; not where `skip`, GradScaler's count of gradients with inf or NaN, is positive."""
-    if constraint is not None:
-        for p in params:
-            project_(p, constraint.bind(initial[p]) if initial and p in initial else constraint, skip, metric)
+    if constraint is None:
+        return
+    spread = []
+    for p in params:
+        if not sharded.is_dtensor(p):
+            project_(p, constraint, skip, metric)
+        elif sharded.crossed(p, constraint):
+            spread.append(p)
+        elif p.to_local().numel():
+            project_(p.to_local(), constraint, skip, metric and _of_shard(p, metric))
+    if spread:
+        sharded.project(spread, constraint, skip)
+
+
+def _of_shard(p: torch.Tensor, metric: Metric) -> Metric:
+    """The metric of what this rank holds of `p`."""
+
+    def of(local: torch.Tensor) -> torch.Tensor | None:
+        diagonal = metric(p)
+        return diagonal.to_local() if diagonal is not None and sharded.is_dtensor(diagonal) else diagonal
+
+    return of
 
 
 def project_(

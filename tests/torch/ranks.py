@@ -1,0 +1,287 @@
+"""One rank of the distributed tests: `python ranks.py RANK RANKS FOLDER` goes through all checks, writes what failed.
+
+A process group is started once for all of them; `test_ranks.py` starts the ranks and reads the answers.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from projgd import MaxNorm, NonNegative, Split, UnitNorm
+from projgd.torch import ProjectedAdam, ProjectedSGD, param_groups, project_after_step
+
+C = 0.4
+STEPS = 4
+
+
+class Net(nn.Module):
+    """The last layer has rows that four ranks cannot share evenly."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up = nn.Linear(8, 8)
+        self.down = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 5, bias=False)
+
+    def forward(self, x):
+        return self.head(self.down(torch.tanh(self.up(x))))
+
+
+def batch(k):
+    return torch.randn(16, 8, generator=torch.Generator().manual_seed(k))
+
+
+def whole(p):
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def train(net, optimizer, steps=range(STEPS), share=slice(None)):
+    for k in steps:
+        optimizer.zero_grad()
+        net(batch(k)[share]).square().mean().backward()
+        optimizer.step()
+
+
+def longest(net):
+    return max(float(np.linalg.norm(whole(p).double().numpy(), axis=1).max()) for p in net.parameters() if p.ndim == 2)
+
+
+def distance(a, b):
+    return max(float((whole(p) - whole(q)).abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def compare(shard, make=ProjectedAdam, share=slice(None), **options):
+    """Sharded and in one process: the projection to 1e-6, a training run as closely as the plain optimizer's."""
+    apart = {}
+    for c in (None, C):
+        alone, spread = Net(), shard(Net())
+        for net, own in ((alone, slice(None)), (spread, share)):
+            train(net, make(net.parameters(), lr=0.05, c=c, **options), share=own)
+        apart[c] = distance(alone, spread)
+    assert longest(spread) <= C, longest(spread)
+    assert longest(spread) >= C * (1 - 1e-5), longest(spread)
+    assert apart[C] <= 3 * apart[None] + 1e-6, apart
+
+    alone, spread = Net(), shard(Net())
+    for net in (alone, spread):
+        optimizer = ProjectedSGD(net.parameters(), lr=0.0, c=C)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        with CommDebugMode() as traffic:
+            optimizer.step()
+    counts = {str(k): v for k, v in traffic.get_comm_counts().items() if v}
+    for p, q in zip(alone.parameters(), spread.parameters(), strict=True):
+        np.testing.assert_allclose(whole(q).numpy(), whole(p).numpy(), rtol=1e-6)
+    return counts
+
+
+def check_ddp(ranks, **_):
+    each = 16 // ranks
+    mine = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+    assert compare(nn.parallel.DistributedDataParallel, share=mine) == {}
+
+
+def check_fully_shard(**_):
+    def by_rows(net):
+        for layer in (net.up, net.down, net):
+            fully_shard(layer)
+        return net
+
+    assert compare(by_rows) == {}  # every row is on one rank: nothing to say
+
+
+def check_fully_shard_across_the_rows(**_):
+    def by_columns(net):
+        fully_shard(net, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+        return net
+
+    counts = compare(by_columns)
+    assert list(counts.values()) == [1], counts  # one all-reduce for all parameters
+    assert "allreduce" in next(iter(counts)).replace("_", ""), counts
+
+
+def tensor_parallel(net, mesh):
+    return parallelize_module(net, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def check_tensor_parallel(ranks, **_):
+    mesh = init_device_mesh("cpu", (ranks,))
+    counts = compare(lambda net: tensor_parallel(net, mesh))
+    assert list(counts.values()) == [1], counts
+
+
+def check_mesh_of_two_dimensions(ranks, **_):
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
+
+    def both(net):
+        tensor_parallel(net, mesh["tensor"])
+        return fully_shard(net, mesh=mesh["data"])
+
+    counts = compare(both, foreach=False)
+    assert sum(counts.values()) == (1 if ranks > 2 else 0), counts
+
+
+def check_replicated_shards(ranks, **_):
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    compare(lambda net: fully_shard(net, mesh=mesh))
+
+
+AXES = ["fan_in", None, 0, (0, 2), Split(0, 2, (0, 2)), Split(2, 3, (1, 2))]
+
+
+def check_placements(ranks, **_):
+    """Any placement, axis and dtype, with huge and broken vectors, against the whole tensor in one process."""
+    line = init_device_mesh("cpu", (ranks,))
+    square = init_device_mesh("cpu", (2, ranks // 2))
+    meshes = [(line, [p]) for p in (Shard(0), Shard(1), Shard(2), Replicate())]
+    meshes += [(square, list(p)) for p in [(Shard(0), Shard(0)), (Shard(2), Shard(0)), (Replicate(), Shard(1))]]
+    meshes += [(square, [_StridedShard(0, split_factor=ranks // 2), Shard(0)]), (square, [Shard(1), Shard(2)])]
+    for dtype, close in [
+        (torch.float32, 1e-6),
+        (torch.float64, 1e-12),
+        (torch.bfloat16, 2**-7),
+        (torch.float16, 2**-10),
+    ]:
+        torch.manual_seed(1)
+        x = torch.randn(12, 5, 6, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None, None]
+        x[3, 2] *= 1e30 if dtype in (torch.float32, torch.bfloat16) else 1e200 if dtype == torch.float64 else 1e2
+        x[4, 1, 1], x[5, 0, 0] = torch.nan, torch.inf
+        x = x.to(dtype)
+        for axis in AXES:
+            for made in (MaxNorm(2.0, axis), UnitNorm(axis)):
+                expected = made.project(x)
+                for mesh, placements in meshes:
+                    p = nn.Parameter(distribute_tensor(x, mesh, placements, src_data_rank=None))
+                    optimizer = ProjectedSGD([p], lr=0.0, constraint=made)
+                    p.grad = torch.zeros_like(p)
+                    optimizer.step()
+                    found = whole(p)
+                    where = f"{dtype} {made} {placements}"
+                    fine = torch.isfinite(expected)
+                    assert torch.equal(fine, torch.isfinite(found)), where
+                    a, b = found[fine].double(), expected[fine].double()
+                    assert torch.allclose(a, b, rtol=close, atol=1e-7 if dtype == torch.float16 else 0), where
+                    if isinstance(made, MaxNorm):
+                        v = made.vectors(x)
+                        norms = torch.linalg.vector_norm(found.double().reshape(v.shape), dim=v.axes)
+                        assert bool((norms[torch.isfinite(norms)] <= 2.0).all()), where
+                    before = p.to_local().detach().clone()
+                    optimizer.step()
+                    assert torch.equal(before.nan_to_num(7), p.to_local().nan_to_num(7)), f"again: {where}"
+
+
+def check_refusals(ranks, **_):
+    mesh = init_device_mesh("cpu", (ranks,))
+
+    class Odd(MaxNorm):
+        """A set that does not say how it scales a vector."""
+
+        rescale = NonNegative.rescale
+
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)]))
+    ProjectedSGD([p], constraint=NonNegative())
+    with pytest.raises(ValueError, match="needs each of them whole"):
+        ProjectedSGD([p], constraint=Odd(1.0))
+
+
+def check_zero_redundancy(ranks, **_):
+    each = 16 // ranks
+    mine = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+    alone, net = Net(), nn.parallel.DistributedDataParallel(Net())
+    train(alone, ProjectedAdam(alone.parameters(), lr=0.05, c=C))
+    train(net, ZeroRedundancyOptimizer(net.parameters(), optimizer_class=ProjectedAdam, lr=0.05, c=C), share=mine)
+    assert distance(alone, net) <= 1e-5
+    assert longest(net) <= C
+
+
+def sharded_with_rules():
+    net = Net()
+    for layer in (net.up, net.down, net):
+        fully_shard(layer)
+    return net, ProjectedAdam(param_groups(net, {"head.*": MaxNorm(0.2), "*": MaxNorm(C)}), lr=0.05)
+
+
+def check_checkpoint(ranks, folder):
+    """Four ranks train, save and go on; two ranks load and go on to the same weights."""
+    net, optimizer = sharded_with_rules()
+    if ranks == 4:
+        train(net, optimizer, range(3))
+        model_state, optimizer_state = get_state_dict(net, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
+    else:
+        optimizer.param_groups[0]["c"] = 9.0  # the checkpoint knows better
+        model_state, optimizer_state = get_state_dict(net, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=folder / "checkpoint")
+        set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert sorted(g["constraint"].c for g in optimizer.param_groups if g["constraint"]) == [0.2, C]
+    assert sorted(g["c"] for g in optimizer.param_groups if g["constraint"]) == [0.2, C]
+    train(net, optimizer, range(3, 6))
+    full = [whole(p) for p in net.parameters()]
+    if ranks == 4:
+        if dist.get_rank() == 0:
+            torch.save(full, folder / "end.pt")
+    else:
+        for p, q in zip(full, torch.load(folder / "end.pt"), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def check_accelerate(**_):
+    """Its FSDP2 preparation puts other tensors into the optimizer's groups; it has none for CPUs, so here by hand."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    for hooked in (False, True):
+        net = Net()
+        if hooked:
+            optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+            project_after_step(optimizer, {"head.*": MaxNorm(0.2), "*": MaxNorm(C)}, net)
+        else:
+            optimizer = ProjectedAdam(param_groups(net, {"head.*": MaxNorm(0.2), "*": MaxNorm(C)}), lr=0.05)
+        names = {p.data_ptr(): n for n, p in net.named_parameters()}
+        for group in optimizer.param_groups:
+            for i, p in enumerate(group["params"]):
+                group["params"][i] = torch.empty(1)
+                group["params"][i].data_ptr = p.data_ptr()
+        fully_shard(net)
+        new = dict(net.named_parameters())
+        fsdp2_switch_optimizer_parameters(optimizer, {address: new[name] for address, name in names.items()})
+        train(net, optimizer)
+        assert C * (1 - 1e-5) <= longest(net) <= C
+        assert 0.2 * (1 - 1e-5) <= longest(net.head) <= 0.2
+
+
+def main():
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
+    failed = {}
+    checks = {n: f for n, f in globals().items() if n.startswith("check_")}
+    for name in sys.argv[4:] or checks:
+        try:
+            checks[name](ranks=ranks, folder=folder)
+        except Exception:
+            failed[name] = traceback.format_exc()
+            break  # the other ranks may wait for this one
+    (folder / f"{ranks}-{rank}.json").write_text(json.dumps(failed))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
