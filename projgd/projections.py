@@ -145,11 +145,17 @@ def is_off(
     moved: bool = False,
 ) -> Array:
     """Which finite vectors, but zero ones, have a norm r · z_norm that is not `radius` to rounding."""
-    length = math.sqrt(math.prod([shape[a] for a in axes]))
-    usual = 4 * FLOATS[kind.compute].unit + (kind.unit / length if kind.unit > 2.0**-24 else 0.0)
-    band = (usual if moved else kind.unit + 3 * norm_error(kind, shape, axes)) * radius + length * kind.tiny
+    band = sphere_band(kind, shape, axes, radius, moved)
     near = xp.abs(z_norm * (r * 2.0**-16) - radius * 2.0**-16) <= band * 2.0**-16
     return xp.isfinite(r) & (z_norm > 0) & ~near  # "not near", so that a NaN radius shows
+
+
+def sphere_band(kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], radius: Scalar, moved: bool) -> Scalar:
+    """How far from `radius` a computed norm may lie for its vector to come back as it is; see `project_sphere`."""
+    length = math.sqrt(math.prod([shape[a] for a in axes]))
+    compute = FLOATS[kind.compute].unit
+    usual = 4 * compute + (kind.unit / length if kind.unit > compute else 0.0)
+    return (usual if moved else kind.unit + 3 * norm_error(kind, shape, axes)) * radius + length * kind.tiny
 
 
 def norm(x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:

@@ -20,7 +20,7 @@ from projgd import axes as _axes
 from projgd import projections
 from projgd.axes import Axis, Vectors
 from projgd.config import Configured
-from projgd.constraints import positive
+from projgd.constraints import Constraint, positive
 from projgd.projections import Array, Measures, Scalar
 
 
@@ -63,20 +63,27 @@ class Update(Configured, ABC):
         return xp.astype(xp.reshape(self.shape(u, w, lr, vectors.axes, xp), shape), u.dtype)
 
     def resolve(
-        self, shape: tuple[int, ...], layout: _axes.Layout, name: str = "the array", of_set: Axis = "matrix"
+        self,
+        shape: tuple[int, ...],
+        layout: _axes.Layout,
+        name: str = "the array",
+        beside: Constraint | None = None,
     ) -> Vectors | None:
-        """The vectors of an array of `shape`, `of_set` being the axis of the constraint beside this shaping.
+        """The vectors of an array of `shape`, `beside` being the constraint whose axis `"set"` means.
 
         Raises:
             ValueError: an axis that the array does not have, or other vectors than those of the set.
         """
-        own = _axes.resolve(of_set if self.axis == "set" else self.axis, shape, layout, name)
-        if of_set != "matrix" and own != _axes.resolve(of_set, shape, layout, name):
+        axis = getattr(beside, "axis", "nothing beside")
+        if axis == "nothing beside":
+            return _axes.resolve("matrix" if self.axis == "set" else self.axis, shape, layout, name)
+        of_set = _axes.resolve(axis, shape, layout, name)
+        if self.axis != "set" and of_set != _axes.resolve(self.axis, shape, layout, name):
             raise ValueError(
-                f"{self} and a set with axis={of_set!r} have different vectors in {name} with shape {shape}: leave the "
-                "update's axis out, and it takes the set's"
+                f"{self} and {beside} have different vectors in {name} with shape {shape}: leave the update's axis "
+                "out, and it takes the set's"
             )
-        return own
+        return of_set
 
     def shape(self, u: Array, w: Array, lr: Scalar, axes: tuple[int, ...], xp: ModuleType) -> Array:
         """`u` shaped, in the dtype that sums are taken in. Vectors of u or w that are not finite come as they are."""

@@ -20,6 +20,7 @@ from projgd.torch.optimizers import (
     ProjectedRprop,
     ProjectedSGD,
     ProjectedSparseAdam,
+    hyperball,
     projected,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "ProjectedRprop",
     "ProjectedSGD",
     "ProjectedSparseAdam",
+    "hyperball",
     "param_groups",
     "project_after_step",
     "projected",

@@ -64,13 +64,13 @@ def _limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
 def _blocked(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> bool:
     """Project `x` if all its norms are finite, and say whether they are."""
     wide = x.float()  # x itself where it is float32
-    norms = _norms(wide, _plan(tuple(x.shape), x.stride(), axes))
-    largest = norms.max().item()
+    found = norms(wide, axes)
+    largest = found.max().item()
     if largest <= limits.threshold:
         return True
     if not math.isfinite(largest):
         return False
-    factor = torch.where(norms > limits.threshold, limits.target / norms, 1.0).float()
+    factor = torch.where(found > limits.threshold, limits.target / found, 1.0).float()
     if wide is x:
         x.mul_(factor)
     else:
@@ -121,18 +121,19 @@ def _plan(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...]
     return _Plan(order, runs, within, beyond, block, kept, [order.index(a) for a in range(len(shape))])
 
 
-def _norms(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    """‖x‖₂ of float32 vectors in float64, reduced axes kept with size 1."""
+def norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """‖x‖₂ of float32 vectors in float64, reduced axes kept with size 1. Squares may over- or underflow."""
+    plan = _plan(tuple(x.shape), x.stride(), axes)
     y = x.permute(plan.order).reshape(plan.runs)
     if not plan.beyond:
-        norms: torch.Tensor = _norm(y, dim=plan.within, keepdim=True).double()
+        found: torch.Tensor = _norm(y, dim=plan.within, keepdim=True).double()
     else:
         d, n, block = plan.beyond[0], plan.runs[plan.beyond[0]], plan.block
         full = n - n % block
         cut = y.narrow(d, 0, full).reshape([*plan.runs[:d], full // block, block, *plan.runs[d + 1 :]])
         cut = _norm(cut, dim=[d + 1, *(i + (i > d) for i in plan.within)], keepdim=True).squeeze(d + 1)
-        norms = _norm(cut, dim=plan.beyond, keepdim=True, dtype=torch.float64)
+        found = _norm(cut, dim=plan.beyond, keepdim=True, dtype=torch.float64)
         if full < n:
             rest = _norm(y.narrow(d, full, n - full), dim=[d, *plan.within], keepdim=True)
-            norms = torch.hypot(norms, _norm(rest, dim=plan.beyond, keepdim=True, dtype=torch.float64))
-    return norms.reshape(plan.shape).permute(plan.back)
+            found = torch.hypot(found, _norm(rest, dim=plan.beyond, keepdim=True, dtype=torch.float64))
+    return found.reshape(plan.shape).permute(plan.back)

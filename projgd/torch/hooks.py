@@ -97,5 +97,7 @@ def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.
         plan = [[constraint] * len(group) for group in named]
     for group, constraints in zip(named, plan, strict=True):
         for (name, p), own in zip(group.items(), constraints, strict=True):
+            if getattr(own, "radius", None) == "initial":
+                raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
             settings.check(own, {name: p})
     return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
@@ -10,8 +11,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from projgd.torch import metrics, settings
+from projgd.constraints import Sphere
+from projgd.torch import metrics, settings, shaping
 from projgd.torch.project import project_group
+from projgd.updates import RelativeUpdate
 
 # Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
 _FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "swa_lr", "min_lr", "max_lr", "lr_scale"}
@@ -34,11 +37,13 @@ class Projected(Optimizer):
     ) -> None:
         own = {k: kwargs.pop(k) for k in settings.KEYS if k in kwargs}
         self._inherited = settings.settle(own, {})
+        # Beside `self.state`, for an optimizer takes a parameter with an empty state there for a new one.
+        self._initial: dict[torch.Tensor, torch.Tensor] = {}
         super().__init__(params, *args, **kwargs)
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with `c`, `axis` or `constraint` of its own or the constructor's.
+        """Add a group, with `c`, `axis`, `constraint` or `update` of its own or the constructor's.
 
         Raises:
             TypeError, ValueError: what `projgd` or the optimizer cannot honour; nothing is added then.
@@ -50,13 +55,16 @@ class Projected(Optimizer):
         if self.defaults and (unknown := sorted(set(group) - known)):
             raise ValueError(f"a param group has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         group |= settings.settle(group, self._inherited)
-        constraint = settings.constraint_of(group)
-        settings.check(constraint, settings.named(group, len(self.param_groups)), group["metric"])
+        constraint, named = settings.constraint_of(group), settings.named(group, len(self.param_groups))
+        settings.check(constraint, named, group["metric"])
         metrics.check(constraint, group["metric"], self.inner)
+        shaping.check(self.inner, {**self.defaults, **group}, named)
+        initial = shaping.initial(constraint, named)
         super().add_param_group(group)
+        self._initial |= initial
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """The inner optimizer's own step, then the projection.
+        """The inner optimizer's own step, its update shaped where a group says so, then the projection.
 
         The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
         every hook runs once, and a post-hook sees the projected weights.
@@ -65,22 +73,42 @@ class Projected(Optimizer):
         inner: Any = self.inner.step
         if getattr(inner, "hooked", False):
             inner = inner.__wrapped__
-        kept = metrics.before_step(self, self.inner)
-        if torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS:
+        breaks_graphs = torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS
+
+        def call(closure: Callable[[], Any] | None) -> Any:
+            if not breaks_graphs:
+                return _call(inner, self, closure, kwargs)
             with torch.set_grad_enabled(differentiable):
-                loss = _call(inner.__wrapped__, self, closure, kwargs)
+                return _call(inner.__wrapped__, self, closure, kwargs)
+
+        kept = metrics.before_step(self, self.inner)
+        self._take_initial()
+        if any(shaping.is_shaped(group) for group in self.param_groups):
+            loss = shaping.step(self.inner, self.param_groups, self._initial, call, closure)
         else:
-            loss = _call(inner, self, closure, kwargs)
+            loss = call(closure)
         with torch.set_grad_enabled(differentiable):
             for group in self.param_groups:
                 metric = metrics.after_step(self, self.inner, group, kept)
-                project_group(group, getattr(self, "found_inf", None), metric)
+                left = shaping.not_landed(group)
+                project_group(left, getattr(self, "found_inf", None), metric, self._initial)
         return loss
 
+    def _take_initial(self) -> None:
+        """For parameters put into a group behind `add_param_group`, as Accelerate does with those that it shards."""
+        for group in self.param_groups:
+            if getattr(group["constraint"], "radius", None) == "initial":
+                new = {f"parameter {i}": p for i, p in enumerate(group["params"]) if p not in self._initial}
+                self._initial |= shaping.initial(group["constraint"], new)
+
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state in plain types, the constraints as their `config`."""
+        """The optimizer's state in plain types: sets and shapings as their `config`, radii under "initial"."""
         state = super().state_dict()
-        return {**state, "param_groups": [settings.to_plain(g) for g in state["param_groups"]]}
+        of_param = dict(state["state"])
+        for index, p in zip(_in_order(state["param_groups"]), _in_order(self.param_groups), strict=True):
+            if p in self._initial:
+                of_param[index] = {**of_param.get(index, {}), "initial": self._initial[p]}
+        return {**state, "state": of_param, "param_groups": [settings.to_plain(g) for g in state["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from this class or from the stock optimizer; the latter keeps the present constraints."""
@@ -91,7 +119,13 @@ class Projected(Optimizer):
                 metrics.check(settings.constraint_of(group), group["metric"], self.inner)
                 for i in group["params"]:
                     metrics.check_state(state_dict["state"].get(i, {}), group, self.inner)
-        super().load_state_dict({**state_dict, "param_groups": saved})
+        of_param = {i: dict(s) for i, s in state_dict["state"].items()}
+        initial = {i: s.pop("initial") for i, s in of_param.items() if "initial" in s}  # torch would round to p.dtype
+        of_param = {i: s for i, s in of_param.items() if s}
+        super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
+        for index, p in zip(_in_order(saved), _in_order(self.param_groups), strict=True):
+            if index in initial:
+                self._initial[p] = initial[index].to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch keeps, and what the inner class's constructor set beside it: torch drops that from copies."""
@@ -107,7 +141,9 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
     """The optimizer class `cls` with a projection after every step.
 
     The class returned takes everything that `cls` takes, and for all groups or in each group: `c=` (with `axis=`), the
-    max-norm bound; or `constraint=`; `c=None` frees a group. A group's own setting wins over the constructor's.
+    max-norm bound; or `constraint=`; `c=None` frees a group. `update=` first shapes the optimizer's update against the
+    weights, and `gradient="tangent"` removes from the gradient what would change the norm (in place, in `p.grad`). A
+    group's own setting wins over the constructor's.
 
     `metric="adaptive"` projects in the norm Σ D_i w_i² of the diagonal D that the optimizer divides its step by, which
     it must to end at the constrained optimum; `"euclidean"`, the default, in the plain norm. D is known for Adam,
@@ -126,6 +162,47 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
     return cls if issubclass(cls, Projected) else _subclass(cast("Any", cls))
 
 
+def hyperball(cls: type[Optimizer]) -> Callable[..., Projected]:
+    """`projected(cls)` with the settings of Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖ for every matrix.
+
+    u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, scheduled as ever
+    (Wen, Dang, Lyu, Ma, Liang 2026, arXiv 2606.16899). In other words: `constraint=Sphere("initial", axis="matrix")`,
+    `update=RelativeUpdate()` and no weight decay, whose work of holding the norm the sphere does. Biases and gains, and
+    groups with `constraint=None`, take the step of `cls` itself.
+
+    Raises:
+        ValueError: a `weight_decay` for the matrices; a matrix that starts at zero, as residual projections often do,
+            and so has no radius.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> opt = hyperball(torch.optim.AdamW)(layer.parameters(), lr=0.01)
+    >>> before = layer.weight.norm()
+    >>> layer(torch.ones(1, 4)).square().sum().backward()
+    >>> opt.step()
+    >>> bool(torch.isclose(layer.weight.norm(), before, rtol=1e-6))
+    True
+    """
+    made = projected(cls)
+    takes = inspect.signature(cls).parameters
+
+    def make(params: Any, *args: Any, **kwargs: Any) -> Projected:
+        decay = dict(zip(takes, (params, *args), strict=False)).get("weight_decay", kwargs.get("weight_decay"))
+        groups = params = _as_list(params)
+        own = [g.get("weight_decay") for g in groups if isinstance(g, dict) and g.get("constraint", cls) is not None]
+        if wanted := next((d for d in (decay, *own) if d), None):
+            raise ValueError(
+                f"weight_decay={wanted} has no place in hyperball(): the norm of every matrix is fixed, so decay would "
+                "only shorten the rest of its update. Leave it out, or give free groups (constraint=None) their own"
+            )
+        if decay is None and "weight_decay" in takes:
+            kwargs["weight_decay"] = 0.0
+        fixed = {"constraint": Sphere("initial", axis="matrix"), "update": RelativeUpdate()}
+        return made(params, *args, **kwargs, **fixed)
+
+    return make
+
+
 @functools.cache
 def _subclass(cls: Any) -> type[Projected]:
     doc = f"`{cls.__module__}.{cls.__qualname__}` with a projection after every step; see `projgd.torch.projected`."
@@ -140,6 +217,10 @@ def _blank(cls: type[Optimizer]) -> Projected:
 
 def _call(step: Any, optimizer: Optimizer, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
     return step(optimizer, **kwargs) if closure is None else step(optimizer, closure, **kwargs)
+
+
+def _in_order(groups: Iterable[dict[str, Any]]) -> list[Any]:
+    return [p for group in groups for p in group["params"]]
 
 
 def _as_list(params: Any) -> Any:

@@ -17,11 +17,19 @@ from projgd.torch.settings import constraint_of
 Metric = Callable[[torch.Tensor], torch.Tensor | None]
 """From a parameter to the diagonal D that its step was divided by; None for the identity."""
 
+Initial = Mapping[torch.Tensor, torch.Tensor]
+"""What the sets of an optimizer took from the initial weights, by parameter."""
 
-def project_group(group: Mapping[str, Any], skip: torch.Tensor | None = None, metric: Metric | None = None) -> None:
+
+def project_group(
+    group: Mapping[str, Any],
+    skip: torch.Tensor | None = None,
+    metric: Metric | None = None,
+    initial: Initial | None = None,
+) -> None:
     """Project the parameters of a param group that have a gradient, and with `without_grad` all of them."""
     params = group["params"] if group["without_grad"] else [p for p in group["params"] if p.grad is not None]
-    project_params(params, constraint_of(group), skip, metric)
+    project_params(params, constraint_of(group), skip, metric, initial)
 
 
 def project_params(
@@ -29,6 +37,7 @@ def project_params(
     constraint: Constraint | None,
     skip: torch.Tensor | None = None,
     metric: Metric | None = None,
+    initial: Initial | None = None,
 ) -> None:
     """Project parameters in place; not where `skip`, GradScaler's count of gradients with inf or NaN, is positive."""
     if constraint is None:
@@ -36,7 +45,7 @@ def project_params(
     spread = []
     for p in params:
         if not sharded.is_dtensor(p):
-            project_(p, constraint, skip, metric)
+            project_(p, constraint.bind(initial[p]) if initial and p in initial else constraint, skip, metric)
         elif sharded.crossed(p, constraint):
             spread.append(p)
         elif p.to_local().numel():

@@ -1,4 +1,4 @@
-"""What a param group says about its projection: the keys `c`, `axis`, `constraint`, `update`, `metric`,
+"""What a param group says about its projection: the keys `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
 and `without_grad`: whether parameters without a gradient are projected too.
 
 `c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the group as a number that may be
@@ -15,12 +15,14 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from projgd import projections
+from projgd.axes import Vectors
 from projgd.config import from_config
 from projgd.constraints import Constraint, MaxNorm
 from projgd.metrics import NAMES
 from projgd.torch import sharded
+from projgd.updates import Update
 
-KEYS = ("c", "axis", "constraint", "update", "metric", "without_grad")
+KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad")
 
 
 def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
     if given.get("constraint") is not None and "axis" in given:
         raise ValueError(f"axis= goes with c=; here write the axis into the constraint: {given['constraint']}")
     settings: dict[str, Any] = {"update": None, "metric": "euclidean", "c": None, "constraint": None, "axis": "fan_in"}
-    settings["without_grad"] = False
+    settings |= {"gradient": None, "without_grad": False}
     settings |= {k: inherited[k] for k in KEYS if k in inherited}
     if "c" in given or "constraint" in given:
         settings["c"], settings["constraint"] = given.get("c"), given.get("constraint")
@@ -47,11 +49,18 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         settings["axis"] = given["axis"]
         if settings["constraint"] is not None:  # the constructor's set, with this group's axis
             settings["constraint"] = dataclasses.replace(settings["constraint"], axis=given["axis"])
-    settings |= {k: given[k] for k in ("update", "metric", "without_grad") if k in given}
+    if ("c" in given or "constraint" in given) and settings["c"] is None and settings["constraint"] is None:
+        settings |= {"update": None, "gradient": None}  # a freed group is the inner optimizer's own
+    settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
     if settings["constraint"] is not None and not isinstance(settings["constraint"], Constraint):
         raise TypeError(f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0)")
-    if settings["update"] is not None:
-        raise ValueError(f"update={settings['update']!r} is not known: pass None, the update as it comes")
+    if settings["update"] is not None and not isinstance(settings["update"], Update):
+        raise TypeError(
+            f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "
+            "it comes"
+        )
+    if settings["gradient"] not in (None, "tangent"):
+        raise ValueError(f'gradient={settings["gradient"]!r} is not known: pass None or "tangent"')
     if settings["metric"] not in NAMES:
         raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean" or "adaptive"')
     constraint_of(settings)  # c and axis are checked by making the constraint
@@ -67,6 +76,12 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
     if not hasattr(constraint, "c") or constraint.c == c:
         return cast("Constraint", constraint)
     return None if c is None else dataclasses.replace(constraint, c=c)
+
+
+def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "the array") -> Vectors | None:
+    """The vectors of a parameter that the group's update is shaped along; None where it comes as it is."""
+    update: Update | None = group["update"]
+    return None if update is None else update.resolve(tuple(p.shape), "out_first", name, constraint_of(group))
 
 
 def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], metric: str = "euclidean") -> None:
@@ -88,6 +103,8 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             )
         constraint.resolve(tuple(p.shape), "out_first", name)
         if sharded.is_dtensor(p):
+            if getattr(constraint, "radius", None) == "initial":
+                raise ValueError(f"{constraint} is not known for {name}, a DTensor: pass a radius")
             sharded.check(p, constraint, metric, name)
 
 
@@ -123,14 +140,14 @@ def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
 
 
 def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group for a checkpoint: the constraint as plain types."""
-    constraint = group["constraint"]
-    return {**group, "constraint": None if constraint is None else constraint.config()}
+    """A group for a checkpoint: the constraint and the shaping as plain types."""
+    return {**group, **{k: None if group[k] is None else group[k].config() for k in ("constraint", "update")}}
 
 
 def from_plain(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """A group from a checkpoint; one that a stock optimizer wrote keeps the `current` settings."""
     group = {**{k: current[k] for k in KEYS}, **saved}
-    if isinstance(group["constraint"], Mapping):
-        group["constraint"] = from_config(dict(group["constraint"]))
+    for k in ("constraint", "update"):
+        if isinstance(group[k], Mapping):
+            group[k] = from_config(dict(group[k]))
     return group

@@ -186,7 +186,7 @@ def test_configurations_survive_json(thing):
         (lambda: Sphere("first"), "radius='first' is not known"),
         (lambda: Sphere(-1.0), "radius=-1.0 must be positive"),
         (lambda: Sphere("initial").project(np.ones((2, 2))), "no radius outside an optimizer"),
-        (lambda: RelativeUpdate(0).resolve((2, 3), "out_first", "head", None), "different vectors in head"),
+        (lambda: RelativeUpdate(0).resolve((2, 3), "out_first", "head", UnitNorm()), "different vectors in head"),
         (lambda: Sphere("initial").initial(np.zeros((4, 2)), (0,), "proj"), "proj: 2 of its 2 vectors have norm 0"),
     ],
 )

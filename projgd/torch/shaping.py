@@ -1,0 +1,255 @@
+"""The inner optimizer's update, read off and shaped against the weights before the projection.
+
+An optimizer moves the parameters in place, so its update must be read off them. Where its rule does not look at the
+weights (`BLIND`, without weight decay), it is run from zero: what stands in the parameter afterwards is the update
+itself, to full precision, in bfloat16 too. Any other optimizer is run from the weights, and the update is the
+difference, in which rounding to the parameter's dtype is left. Both need one copy of the parameters that are shaped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import array_api_compat.torch as xp
+import torch
+from torch.optim import Optimizer
+
+from projgd import projections
+from projgd.constraints import Constraint, Sphere, norms_of
+from projgd.projections import Measures
+from projgd.torch import ball, settings, sharded
+from projgd.torch.project import Initial
+from projgd.updates import MaxUpdate, RelativeUpdate, TangentUpdate, Update
+
+BLIND = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.Muon,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.SGD,
+)
+"""Optimizers whose update, without weight decay, is a function of the gradients alone. Subclasses may differ."""
+
+
+def is_shaped(group: Mapping[str, Any]) -> bool:
+    """Whether the steps of a group go through here."""
+    return group["update"] is not None or group["gradient"] is not None
+
+
+def reads_weights(inner: type[Optimizer], group: Mapping[str, Any]) -> bool:
+    """Whether the inner optimizer's update may depend on the weights."""
+    return inner not in BLIND or bool(group.get("weight_decay"))
+
+
+def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a group whose shaping cannot be honoured, naming the parameter; warn where it works against itself.
+
+    `group` has the optimizer's defaults filled in.
+
+    Raises:
+        ValueError: an update that cannot be observed, an axis that is not the set's, a zero weight vector where a norm
+            is needed, `gradient="tangent"` without a set of vectors, `RelativeUpdate` without a learning rate.
+
+    Warns:
+        UserWarning: weight decay together with a fixed norm; an update that is read off rounded weights.
+    """
+    constraint, update = settings.constraint_of(group), group["update"]
+    if group.get("weight_decay") and isinstance(constraint, Sphere):
+        warnings.warn(
+            f"weight_decay={group['weight_decay']} works against {constraint}: the projection undoes what it does to "
+            "the norm, and what is left changes the length or the direction of the update. Pass weight_decay=0",
+            stacklevel=4,
+        )
+    if group["gradient"] is not None and not hasattr(constraint, "axis"):
+        raise ValueError(
+            'gradient="tangent" needs a set of vectors: pass constraint=UnitNorm() or another with an axis'
+        )
+    if update is None:
+        return
+    if callable(getattr(inner, "eval", None)):
+        raise ValueError(
+            f"the update of {inner.__name__} cannot be observed: it keeps weights of its own beside the parameters "
+            "(it has an eval()). Leave update= out, or shape another optimizer's"
+        )
+    if isinstance(update, RelativeUpdate) and "lr" not in group:
+        raise ValueError(f"{update} makes updates of length lr·‖w‖, and {inner.__name__} has no lr")
+    if group.get("differentiable"):
+        raise ValueError(f"{update} writes the weights in place, so it cannot be differentiated: differentiable=False")
+    for name, p in named.items():
+        settings.check(constraint, {name: p})
+        projections.float_type(p, name)
+        if sharded.is_dtensor(p):
+            raise ValueError(f"{update} is not known for {name}, a DTensor: leave update= out, or do not shard it")
+        vectors = settings.vectors_of_update(group, p, name)
+        if vectors is None:
+            continue
+        if update.needs_norm and not p.is_meta:
+            norms_of(p.detach().reshape(vectors.shape), vectors.axes, name, f"{update} needs one", xp)
+        if p.dtype in (torch.bfloat16, torch.float16) and reads_weights(inner, group):
+            warnings.warn(
+                f"{name} is {p.dtype}, and the update of {inner.__name__} is read off it as a difference, after "
+                "rounding: small updates lose their direction. Keep the weights in float32 under torch.autocast",
+                stacklevel=4,
+            )
+
+
+def initial(constraint: Constraint | None, named: Mapping[str, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+    """What the set takes from the initial weights, by parameter. Raises ValueError for weights that have no norm."""
+    found = {}
+    for name, p in named.items():
+        vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first", name)
+        if constraint is not None and vectors is not None and not p.is_meta:
+            taken = constraint.initial(p.detach().reshape(vectors.shape), vectors.axes, name, xp)
+            if taken is not None:
+                found[p] = taken
+    return found
+
+
+def step(
+    inner: type[Optimizer],
+    groups: Iterable[Mapping[str, Any]],
+    initial: Initial,
+    call: Callable[[Callable[[], Any] | None], Any],
+    closure: Callable[[], Any] | None,
+) -> Any:
+    """Run the inner step, `call(closure)`, and leave w + shape(update) in the parameters that have a shaping.
+
+    Spheres are landed on here, and `not_landed` says what is left to project.
+
+    An error in the closure or in the inner step leaves those parameters as they were.
+    """
+    groups = [g for g in groups if is_shaped(g)]
+    if closure is None:
+        _make_gradients_tangent(groups)
+    else:
+        closure = _then_tangent(closure, groups)
+    loss = None
+    if closure is not None and inner in BLIND:  # evaluated now, at the weights, and not at zero
+        with torch.enable_grad():
+            loss, closure = closure(), None
+    plans = [(group, p, p.detach().clone()) for group in groups for p in _to_shape(group, closure is not None)]
+    with torch.no_grad():
+        try:
+            for group, p, _ in plans:
+                if not reads_weights(inner, group):
+                    p.zero_()
+            returned = call(closure)
+        except BaseException:
+            for _, p, w in plans:
+                p.copy_(w)
+            raise
+        for group, p, w in plans:
+            if p.grad is not None:
+                _land(p, w, group, initial.get(p), from_zero=not reads_weights(inner, group))
+    return returned if loss is None else loss
+
+
+def not_landed(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group with the parameters that are still to be projected after `step`."""
+    if not _lands(group):
+        return group
+    left = [p for p in group["params"] if p.grad is None or settings.vectors_of_update(group, p) is None]
+    return {**group, "params": left}
+
+
+def _lands(group: Mapping[str, Any]) -> bool:
+    """Whether shaped parameters are also projected here, before they are rounded to their dtype."""
+    on_sphere = isinstance(settings.constraint_of(group), Sphere) and group["metric"] == "euclidean"
+    return group["update"] is not None and on_sphere
+
+
+def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[torch.Tensor]:
+    """The parameters of a group that this step moves; all of them where only its closure will tell."""
+    if group["update"] is None:
+        return []
+    moved = [p for p in group["params"] if all_of_them or p.grad is not None]
+    return [p for p in moved if settings.vectors_of_update(group, p) is not None]
+
+
+@torch.no_grad()
+def _land(
+    p: torch.Tensor, w: torch.Tensor, group: Mapping[str, Any], initial: torch.Tensor | None, from_zero: bool
+) -> None:
+    """Put w + shape(u) in p, which holds u (`from_zero`) or w + u. Sums are taken in float32 for halves."""
+    vectors = settings.vectors_of_update(group, p)
+    assert vectors is not None
+    compute = getattr(torch, projections.float_type(p).compute)
+    in_place = p.dtype == compute and p.is_contiguous()
+    u, w = (p.view if in_place else p.to(compute).reshape)(vectors.shape), w.to(compute).reshape(vectors.shape)
+    if not from_zero:
+        u.sub_(w)
+    _shape(u, w, group["update"], group.get("lr", 1.0), vectors.axes)
+    u.add_(w)
+    if _lands(group):
+        radius = settings.constraint_of(group).radius if initial is None else initial  # type: ignore[union-attr]
+        _onto_sphere(u, radius, vectors.axes, projections.float_type(p))
+    if not in_place:
+        p.copy_(u.reshape(p.shape))
+
+
+def _shape(u: torch.Tensor, w: torch.Tensor, update: Update, lr: Any, axes: tuple[int, ...]) -> None:
+    """`Update.shape`, in place: two numbers per vector from its measures, and one pass or two with them."""
+    size = Measures(_norm(w, axes), _norm(u, axes), torch.zeros(()))
+    if not isinstance(update, (RelativeUpdate, MaxUpdate)):
+        size = size._replace(cosine=_cosine(u, w, size, axes))
+    alpha, length = update.coefficients(size, lr, xp)
+    usable = torch.isfinite(size.w) & torch.isfinite(size.u) & (size.u > 0)
+    factor = torch.where(usable, length / size.u, 1.0).clamp(max=torch.finfo(u.dtype).max)
+    u.mul_(factor.to(u.dtype))
+    if isinstance(alpha, torch.Tensor):
+        u.addcmul_(w, torch.where(usable, alpha, 0.0).to(u.dtype))
+
+
+def _onto_sphere(x: torch.Tensor, radius: Any, axes: tuple[int, ...], kind: projections.FloatType) -> None:
+    """`Sphere.land`, in place and before rounding to the stored dtype."""
+    norm = _norm(x, axes)
+    near = (norm - radius).abs() <= projections.sphere_band(kind, tuple(x.shape), axes, radius, moved=True)
+    x.mul_(torch.where(torch.isfinite(norm) & (norm > 0) & ~near, radius / norm, 1.0).to(x.dtype))
+
+
+def _norm(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """Norms with the reduced axes kept, in float64 where the device has it."""
+    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
+        return projections.norm(x, axes, xp)  # type: ignore[no-any-return]
+    if x.device.type == "cpu":
+        norm = ball.norms(x, axes)
+        if bool(((norm > 1e-12) & (norm < 1e18)).all()):  # no square that counts over- or underflowed
+            return norm
+    return cast("torch.Tensor", torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float64))
+
+
+def _cosine(u: torch.Tensor, w: torch.Tensor, size: Measures, axes: tuple[int, ...]) -> torch.Tensor:
+    u, w = (x / torch.where(n > 0, n, 1.0).to(x.dtype) for x, n in ((u, size.u), (w, size.w)))
+    return torch.sum(u * w, dim=axes, keepdim=True).to(size.u.dtype)
+
+
+def _then_tangent(closure: Callable[[], Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
+    def tangent() -> Any:
+        loss = closure()
+        _make_gradients_tangent(groups)
+        return loss
+
+    return tangent
+
+
+@torch.no_grad()
+def _make_gradients_tangent(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Remove from `p.grad` what would change the norm, in the groups with `gradient="tangent"`."""
+    for group in groups:
+        constraint = settings.constraint_of(group)
+        if group["gradient"] is None or constraint is None:
+            continue
+        for p in group["params"]:
+            vectors = constraint.resolve(tuple(p.shape), "out_first")
+            if p.grad is not None and vectors is not None:
+                compute = getattr(torch, projections.float_type(p).compute)
+                g, w = (x.detach().to(compute).reshape(vectors.shape) for x in (p.grad.clone(), p))
+                _shape(g, w, TangentUpdate(), 1.0, vectors.axes)
+                p.grad.copy_(g.reshape(p.shape))

@@ -1,0 +1,398 @@
+"""Shaped updates in PyTorch against float64 transcriptions of the papers' formulas."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import lion_pytorch
+import numpy as np
+import pytest
+import schedulefree
+import torch
+
+from projgd import MaxNorm, MaxUpdate, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, TangentUpdate, UnitNorm
+from projgd.torch import hyperball, project_after_step, projected
+
+SHAPE = (48, 32)
+
+
+def norm(x):
+    return math.sqrt(math.fsum(float(v) ** 2 for v in np.ravel(x)))
+
+
+def gradients(steps, shape=SHAPE, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        torch.as_tensor(rng.normal(size=shape) * 10.0 ** rng.uniform(-3, 0), dtype=torch.float32) for _ in range(steps)
+    ]
+
+
+def start(seed=1, shape=SHAPE, dtype=torch.float32):
+    return torch.nn.Parameter(torch.as_tensor(np.random.default_rng(seed).normal(size=shape) * 0.1).to(dtype))
+
+
+def run(opt, p, grads, schedule=None):
+    for g in grads:
+        p.grad = g.to(p.dtype, copy=True)
+        opt.step()
+        if schedule is not None:
+            schedule.step()
+    return p.detach().double().numpy()
+
+
+# ---- directions u of the inner optimizers, float64; the stock Muon's own is bfloat16 arithmetic, so it is asked
+
+
+def adam(grads, b1=0.9, b2=0.95, eps=1e-8):
+    m = v = 0.0
+    for t, g in enumerate((g.double().numpy() for g in grads), 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        yield m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def momentum(grads, mu=0.9):
+    m = 0.0
+    for g in (g.double().numpy() for g in grads):
+        m = mu * m + g
+        yield m
+
+
+def muon(grads):
+    p = torch.nn.Parameter(torch.zeros(SHAPE))
+    stock = torch.optim.Muon([p], lr=1.0, weight_decay=0.0)
+    for g in grads:
+        p.data.zero_()
+        p.grad = g.clone()
+        stock.step()
+        yield -p.detach().double().numpy()
+
+
+INNER = [
+    (torch.optim.Adam, {"betas": (0.9, 0.95)}, adam),
+    (torch.optim.AdamW, {"betas": (0.9, 0.95), "foreach": False}, adam),
+    (torch.optim.SGD, {"momentum": 0.9}, momentum),
+    (torch.optim.Muon, {}, muon),
+]
+
+
+@pytest.mark.parametrize(("cls", "settings", "direction"), INNER, ids=["AdamH", "AdamWH", "SGDH", "MuonH"])
+def test_hyperball_is_the_papers_formula(cls, settings, direction):
+    """W ← R·Norm(W - η_t R·Norm(u)) with η_t warmed up from 0 by torch's own scheduler, 100 steps."""
+    grads, p = gradients(100), start()
+    opt = hyperball(cls)([p], lr=0.02, **settings)
+    warmup = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1.0, t / 20))
+    w = p.detach().double().numpy().copy()
+    radius = norm(w)
+    for t, u in enumerate(direction(grads)):
+        w = w - 0.02 * min(1.0, t / 20) * radius * u / norm(u)
+        w *= radius / norm(w)
+    assert norm(run(opt, p, grads, warmup) - w) <= 1e-6 * radius
+
+
+@pytest.mark.parametrize("axis", [None, "fan_in", Split(0, 4, (1, 2))])
+def test_each_vector_has_its_own_radius(axis):
+    grads, p = gradients(30), start()
+    opt = projected(torch.optim.Adam)(
+        [p], lr=0.02, betas=(0.9, 0.95), constraint=Sphere("initial", axis), update=RelativeUpdate()
+    )
+    w = p.detach().double().numpy().copy()
+    parts = {None: [np.s_[:]], "fan_in": [np.s_[i] for i in range(48)]}.get(axis if not isinstance(axis, Split) else 0)
+    parts = parts or [np.s_[12 * i : 12 * i + 12] for i in range(4)]
+    radii = [norm(w[part]) for part in parts]
+    for u in adam(grads):
+        for part, radius in zip(parts, radii, strict=True):
+            v = w[part] - 0.02 * radius * u[part] / norm(u[part])
+            w[part] = v * radius / norm(v)
+    assert norm(run(opt, p, grads) - w) <= 1e-6 * norm(w)
+
+
+def brake(w, u, outward=0.5, inward=0.8):
+    share = outward if norm(w + u) > norm(w) else inward
+    return (w + u) * ((norm(w) + share * (norm(w + u) - norm(w))) / norm(w + u))
+
+
+SHAPINGS = [
+    (RadialBrake(0.5, 0.8, axis=None), brake),
+    (TangentUpdate(axis=None), lambda w, u: w + u - w * ((w * u).sum() / norm(w) ** 2)),
+    (RelativeUpdate(axis=None), lambda w, u: w + 0.02 * norm(w) * u / norm(u)),
+    (MaxUpdate(0.03, floor=0.01), lambda w, u: w + u * min(0.03 * norm(w), max(0.01 * norm(w), norm(u))) / norm(u)),
+]
+
+
+@pytest.mark.parametrize(("update", "formula"), SHAPINGS, ids=lambda c: type(c).__name__ if hasattr(c, "axis") else "")
+@pytest.mark.parametrize(("cls", "settings", "direction"), INNER[1:3], ids=["AdamW", "SGD"])
+def test_a_shaping_alone_is_its_formula_over_100_steps(update, formula, cls, settings, direction):
+    grads, p = gradients(100), start()
+    opt = projected(cls)([p], lr=0.02, weight_decay=0.0, update=update, **settings)
+    w = p.detach().double().numpy().copy()
+    for u in direction(grads):
+        w = formula(w, -0.02 * u)
+    assert norm(run(opt, p, grads) - w) <= 1e-6 * norm(w)
+
+
+def test_tangent_gradients_reach_the_inner_optimizer():
+    grads, p = gradients(50), start()
+    opt = projected(torch.optim.SGD)([p], lr=0.02, momentum=0.9, constraint=UnitNorm(axis=0), gradient="tangent")
+    w = p.detach().double().numpy().copy()
+    m = 0.0
+    for g in (g.double().numpy() for g in grads):
+        m = 0.9 * m + g - w * ((w * g).sum(0) / (w * w).sum(0))
+        w = w - 0.02 * m
+        w /= np.linalg.norm(w, axis=0)
+    assert norm(run(opt, p, grads) - w) <= 5e-6 * norm(w)  # the set's own band, without a shaping of the update
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_round_once_a_step(dtype):
+    """The direction is exact to the dtype: every entry is the float64 formula's, give or take a rounding."""
+    grads, p, zero = gradients(40), start(dtype=dtype), torch.nn.Parameter(torch.zeros(SHAPE, dtype=dtype))
+    opt, stock = hyperball(torch.optim.Adam)([p], lr=0.05, eps=1e-4), torch.optim.Adam([zero], lr=0.05, eps=1e-4)
+    radius, unit = norm(p.detach().double().numpy()), torch.finfo(dtype).eps / 2
+    for g in grads:
+        w = p.detach().double().numpy()
+        zero.data.zero_()
+        zero.grad = g.to(dtype)
+        stock.step()
+        u = zero.detach().double().numpy()
+        step = 0.05 * radius * u / norm(u)
+        wanted = (w + step) * (radius / norm(w + step))
+        got = run(opt, p, [g])
+        band = unit / math.sqrt(p.numel())  # by which the norm may miss R, and so the length of the step, ‖w‖ for R
+        allowed = (1.01 * unit + band) * np.abs(wanted) + unit * np.abs(step) + 1e-7 * radius
+        assert (np.abs(got - wanted) <= allowed).all()
+        assert abs(norm(got) - radius) <= radius * {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+
+
+def test_in_bfloat16_the_update_is_not_read_off_rounded_weights():
+    """A gradient so small that w - lr·g is w: as a difference it would be lost."""
+    p = start(dtype=torch.bfloat16)
+    opt = hyperball(torch.optim.SGD)([p], lr=0.1)
+    w, g = p.detach().double(), torch.ones(SHAPE) * 1e-12
+    got = torch.as_tensor(run(opt, p, [g])) - w
+    wanted = -0.1 * norm(w) / SHAPE[0] ** 0.5 / SHAPE[1] ** 0.5
+    tangential = got - w * (got * w).sum() / (w * w).sum()
+    assert abs(float(tangential.mean()) - wanted) < 0.02 * abs(wanted)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(torch.optim.Adafactor, {}), (torch.optim.ASGD, {}), (lion_pytorch.Lion, {}), (torch.optim.Rprop, {}),
+     (torch.optim.LBFGS, {})],
+)  # fmt: skip
+def test_any_inner_optimizer(cls, settings):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(32, 16)
+    radius = norm(layer.weight.detach().double())
+    opt = projected(cls)(
+        [layer.weight], lr=0.01, constraint=Sphere("initial", None), update=RelativeUpdate(), **settings
+    )
+    x = torch.randn(64, 32)
+
+    def closure():
+        opt.zero_grad()
+        loss = (layer(x) - x[:, :16].sin()).square().mean()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(30):
+        w = layer.weight.detach().double()
+        losses.append(float(opt.step(closure)))
+        length = norm(layer.weight.detach().double() - w)
+        assert norm(layer.weight.detach().double()) == pytest.approx(radius, rel=1e-6)
+        assert length <= 0.01001 * radius
+    assert losses[-1] < losses[0]
+
+
+def test_a_closure_sees_the_weights():
+    p, q = start(), start()
+    hyper, stepwise = hyperball(torch.optim.Adam)([p], lr=0.05), hyperball(torch.optim.Adam)([q], lr=0.05)
+    for _ in range(5):
+
+        def closure():
+            hyper.zero_grad()
+            loss = (p**4).sum()
+            loss.backward()
+            return loss
+
+        expected = float((q.detach() ** 4).sum())
+        assert float(hyper.step(closure)) == expected
+        q.grad = 4 * q.detach() ** 3
+        stepwise.step()
+        assert (p == q).all()
+
+
+def test_an_error_inside_leaves_the_weights():
+    p = start()
+    opt = hyperball(torch.optim.Adam)([p], lr=0.05)
+    before = p.detach().clone()
+
+    def broken():
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        opt.step(broken)
+    assert (p == before).all()
+    opt.param_groups[0]["betas"] = None
+    p.grad = torch.ones(SHAPE)
+    with pytest.raises(TypeError):
+        opt.step()
+    assert (p == before).all()
+
+
+def test_zero_updates_leave_every_bit_and_nothing_is_laundered():
+    p, q = start(1), start(2)
+    opt = hyperball(torch.optim.SGD)([p, q], lr=0.1)
+    p.grad, q.grad = torch.zeros(SHAPE), torch.ones(SHAPE)
+    before, other = p.detach().clone(), q.detach().clone()
+    opt.step()
+    assert (p == before).all()
+    assert not (q == other).any()
+    p.grad[3, 5] = math.nan
+    q.grad[0, 0] = math.inf
+    opt.step()
+    assert torch.isnan(p[3, 5])
+    assert not torch.isfinite(q[0, 0])
+
+
+def test_a_parameter_without_gradient_stays():
+    p, q = start(1), start(2)
+    opt = hyperball(torch.optim.Adam)([p, q], lr=0.1)
+    before = q.detach().clone()
+    run(opt, p, gradients(3))
+    assert (q == before).all()
+
+
+def test_biases_take_the_inner_step_and_freed_groups_too():
+    torch.manual_seed(0)
+    a = torch.nn.Linear(6, 5)
+    b = copy.deepcopy(a)
+    head = [start(7), start(7)]
+    opt = hyperball(torch.optim.AdamW)(
+        [{"params": a.parameters()}, {"params": [head[0]], "constraint": None, "weight_decay": 0.1}], lr=0.01
+    )
+    stock = torch.optim.AdamW(
+        [{"params": [b.bias], "weight_decay": 0.0}, {"params": [head[1]], "weight_decay": 0.1}], lr=0.01
+    )
+    for g in gradients(5, (5,)):
+        a.weight.grad, a.bias.grad, b.bias.grad = torch.randn(5, 6), g, g.clone()
+        head[0].grad = head[1].grad = torch.ones(SHAPE)
+        opt.step()
+        stock.step()
+    assert (a.bias == b.bias).all()
+    assert (head[0] == head[1]).all()
+
+
+@pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_radii_travel_with_the_optimizer(copied, dtype):
+    grads, p = gradients(20), start(dtype=dtype)
+    opt = projected(torch.optim.Adam)([p], lr=0.05, constraint=Sphere("initial"), update=RelativeUpdate())
+    run(opt, p, grads[:10])
+    if copied == "state_dict":
+        q = torch.nn.Parameter(p.detach().clone() * 3)  # made from other weights: the checkpoint's radii count
+        other = projected(torch.optim.Adam)([q], lr=0.05, constraint=Sphere("initial"), update=RelativeUpdate())
+        file = io.BytesIO()
+        torch.save({"opt": opt.state_dict(), "p": p.detach()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        q.data.copy_(saved["p"])
+        other.load_state_dict(saved["opt"])
+    else:
+        other = copy.deepcopy(opt) if copied == "deepcopy" else pickle.loads(pickle.dumps(opt))
+        (q,) = other.param_groups[0]["params"]
+    assert (run(opt, p, grads[10:]) == run(other, q, grads[10:])).all()
+
+
+def test_a_checkpoint_before_the_first_step_loads():
+    p, q = start(), start()
+    opt, other = (hyperball(torch.optim.Adam)([x], lr=0.05) for x in (p, q))
+    other.load_state_dict(opt.state_dict())
+    assert (run(opt, p, gradients(3)) == run(other, q, gradients(3))).all()
+
+
+def test_a_stock_checkpoint_keeps_the_radii():
+    p, q = start(), start()
+    stock = torch.optim.Adam([q], lr=0.05)
+    run(stock, q, gradients(3))
+    opt = hyperball(torch.optim.Adam)([p], lr=0.05)
+    radius = norm(p.detach().double())
+    opt.load_state_dict(stock.state_dict())
+    assert norm(run(opt, p, gradients(3))) == pytest.approx(radius, rel=1e-6)
+
+
+def test_tensor_learning_rates_and_compiled_layouts():
+    p = torch.nn.Parameter(start().detach().T)  # not contiguous
+    q = start()
+    one = hyperball(torch.optim.Adam)([p], lr=torch.tensor(0.05))
+    two = hyperball(torch.optim.Adam)([q], lr=0.05)
+    run(one, p, [g.T for g in gradients(5)])
+    run(two, q, gradients(5))
+    assert torch.allclose(p.T, q, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_extremes(size):
+    p = torch.nn.Parameter(start().detach() * size)
+    w, g = p.detach().double().numpy(), gradients(1)[0]
+    opt = hyperball(torch.optim.SGD)([p], lr=0.1)
+    wanted = w - 0.1 * norm(w) * g.double().numpy() / norm(g.double())
+    wanted *= norm(w) / norm(wanted)
+    assert norm(run(opt, p, [g]) - wanted) <= 1e-6 * norm(w)
+
+
+def refuse(cls=torch.optim.SGD, params=None, wrap=projected, **kwargs):
+    return lambda: wrap(cls)(params or [start()], lr=0.1, **kwargs)
+
+
+class NoLearningRate(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (refuse(update="relative"), TypeError, "is no shaping: pass one such as RelativeUpdate"),
+        (refuse(gradient="normal"), ValueError, "gradient='normal' is not known"),
+        (refuse(gradient="tangent"), ValueError, "needs a set of vectors"),
+        (refuse(constraint=NonNegative(), gradient="tangent"), ValueError, "needs a set of vectors"),
+        (refuse(constraint=UnitNorm(0), update=RelativeUpdate(1)), ValueError, "parameter 0 of group 0 with shape"),
+        (refuse(params=[torch.nn.Parameter(torch.zeros(3, 2))], update=RelativeUpdate()), ValueError, "norm 0"),
+        (refuse(params=[("proj", torch.nn.Parameter(torch.zeros(3, 2)))], wrap=hyperball), ValueError, "proj: 1 of"),
+        (refuse(torch.optim.AdamW, wrap=hyperball, weight_decay=0.1), ValueError, "weight_decay=0.1 has no place"),
+        (refuse(torch.optim.AdamW, [{"params": [start()], "weight_decay": 0.2}], hyperball), ValueError, "=0.2 has"),
+        (refuse(schedulefree.AdamWScheduleFree, update=RelativeUpdate()), ValueError, "cannot be observed"),
+        (lambda: projected(NoLearningRate)([start()], update=RelativeUpdate()), ValueError, "has no lr"),
+        (refuse(torch.optim.SGD, differentiable=True, update=RelativeUpdate()), ValueError, "differentiable=False"),
+        (lambda: project_after_step(torch.optim.SGD([start()]), Sphere("initial")), ValueError, "a hook has none"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_at_construction(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_warnings_where_settings_work_against_each_other():
+    with pytest.warns(UserWarning, match=r"weight_decay=0.01 works against Sphere"):
+        projected(torch.optim.AdamW)([start()], constraint=Sphere("initial"))
+    with pytest.warns(UserWarning, match=r"read off it as a difference"):
+        projected(torch.optim.Adafactor)([start(dtype=torch.bfloat16)], update=RelativeUpdate())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hyperball(torch.optim.AdamW)([start()])
+        hyperball(torch.optim.Muon)([start()])
+        projected(torch.optim.AdamW)([start()], c=1.0, update=MaxUpdate(0.1))
+
+
+def test_a_shaping_goes_with_any_set():
+    p = start()
+    opt = projected(torch.optim.Adam)([p], lr=0.1, constraint=MaxNorm(0.5), update=RelativeUpdate())
+    run(opt, p, gradients(20))
+    assert all(norm(row) <= 0.5 for row in p.detach().double())
+    q = start()
+    opt = projected(torch.optim.Adam)([q], lr=0.1, constraint=NonNegative(), update=RelativeUpdate())
+    run(opt, q, gradients(20))
+    assert (q >= 0).all()
