@@ -14,6 +14,7 @@ from projgd.constraints import Constraint
 from projgd.rules import Rules
 from projgd.torch import layers, settings
 from projgd.torch.project import project_params
+from projgd.torch.sparse import MovedRows
 
 Plan = list[list[Constraint | None]]  # the constraint of each parameter, by its place in `optimizer.param_groups`
 
@@ -56,6 +57,10 @@ def project_after_step(
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
         )
     plan = _plan(optimizer, constraint, model)
+    rows = MovedRows(optimizer, type(optimizer))
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        rows.before_step()
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal plan
@@ -69,9 +74,12 @@ def project_after_step(
                     if own is not None and (without_grad or p.grad is not None):
                         chosen.setdefault(own, []).append(p)
                 for own, params in chosen.items():
-                    project_params(params, own, skip)
+                    project_params(params, own, skip, rows=None if without_grad else rows)
 
-    return optimizer.register_step_post_hook(project)
+    pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    handle = RemovableHandle(post, extra_dict=pre)
+    pre[handle.id], post[handle.id] = before, project
+    return handle
 
 
 def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Plan:

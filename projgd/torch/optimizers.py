@@ -14,6 +14,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from projgd.constraints import Sphere
 from projgd.torch import metrics, settings, shaping
 from projgd.torch.project import project_group
+from projgd.torch.sparse import MovedRows
 from projgd.updates import RelativeUpdate
 
 # Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
@@ -81,6 +82,9 @@ class Projected(Optimizer):
             with torch.set_grad_enabled(differentiable):
                 return _call(inner.__wrapped__, self, closure, kwargs)
 
+        rows = None if torch.compiler.is_compiling() else self._rows  # a compiled graph has no sparse gradients
+        if rows:
+            rows.before_step()
         kept = metrics.before_step(self, self.inner)
         self._take_initial()
         if any(shaping.is_shaped(group) for group in self.param_groups):
@@ -91,8 +95,12 @@ class Projected(Optimizer):
             for group in self.param_groups:
                 metric = metrics.after_step(self, self.inner, group, kept)
                 left = shaping.not_landed(group)
-                project_group(left, getattr(self, "found_inf", None), metric, self._initial)
+                project_group(left, getattr(self, "found_inf", None), metric, self._initial, rows)
         return loss
+
+    @functools.cached_property
+    def _rows(self) -> MovedRows:
+        return MovedRows(self, self.inner)
 
     def _take_initial(self) -> None:
         """For parameters put into a group behind `add_param_group`, as Accelerate does with those that it shards."""

@@ -13,6 +13,7 @@ from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
 from projgd.torch import ball, sharded
 from projgd.torch.settings import constraint_of
+from projgd.torch.sparse import MovedRows
 
 Metric = Callable[[torch.Tensor], torch.Tensor | None]
 """From a parameter to the diagonal D that its step was divided by; None for the identity."""
@@ -26,10 +27,11 @@ def project_group(
     skip: torch.Tensor | None = None,
     metric: Metric | None = None,
     initial: Initial | None = None,
+    rows: MovedRows | None = None,
 ) -> None:
     """Project the parameters of a param group that have a gradient, and with `without_grad` all of them."""
     params = group["params"] if group["without_grad"] else [p for p in group["params"] if p.grad is not None]
-    project_params(params, constraint_of(group), skip, metric, initial)
+    project_params(params, constraint_of(group), skip, metric, initial, None if group["without_grad"] else rows)
 
 
 def project_params(
@@ -38,20 +40,43 @@ def project_params(
     skip: torch.Tensor | None = None,
     metric: Metric | None = None,
     initial: Initial | None = None,
+    rows: MovedRows | None = None,
 ) -> None:
-    """Project parameters in place; not where `skip`, GradScaler's count of gradients with inf or NaN, is positive."""
+    """Project parameters in place; not where `skip`, GradScaler's count of gradients with inf or NaN, is positive.
+
+    `rows` knows which rows are enough where a gradient is sparse.
+    """
     if constraint is None:
         return
     spread = []
     for p in params:
         if not sharded.is_dtensor(p):
-            project_(p, constraint.bind(initial[p]) if initial and p in initial else constraint, skip, metric)
+            own = constraint.bind(initial[p]) if initial and p in initial else constraint
+            moved = rows.of(p, constraint) if rows and own is constraint else None
+            if moved is None:
+                project_(p, own, skip, metric)
+            else:
+                _project_rows(p, moved, constraint, skip, metric)
+            if rows and skip is None:
+                rows.projected(p, constraint)
         elif sharded.crossed(p, constraint):
             spread.append(p)
         elif p.to_local().numel():
             project_(p.to_local(), constraint, skip, metric and _of_shard(p, metric))
     if spread:
         sharded.project(spread, constraint, skip)
+
+
+def _project_rows(
+    p: torch.Tensor, moved: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
+) -> None:
+    def of(x: torch.Tensor) -> torch.Tensor | None:
+        diagonal = None if metric is None else metric(p)
+        return None if diagonal is None else diagonal.index_select(0, moved)
+
+    x = p.index_select(0, moved)
+    project_(x, constraint, skip, metric and of)
+    p.index_copy_(0, moved, x)  # a row that is there twice is the same twice
 
 
 def _of_shard(p: torch.Tensor, metric: Metric) -> Metric:
