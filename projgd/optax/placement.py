@@ -13,6 +13,7 @@ from projgd import axes, projections, rules
 from projgd.axes import Vectors
 from projgd.constraints import Constraint
 from projgd.optax.layouts import Leaf, absent, leaves
+from projgd.updates import Update
 
 Constraints = Constraint | rules.Rules | Any
 """A constraint; rules {pattern: constraint or None}; or a tree of constraints and None (free) with the structure of
@@ -71,15 +72,20 @@ def place(constraints: Constraints, params: Any) -> list[Placed | None]:
 def _placed(leaf: Leaf | None, constraint: Constraint | None) -> Placed | None:
     if leaf is None or constraint is None:
         return None
+    vectors = vectors_of(leaf, constraint)
+    return Placed(leaf.name, constraint, vectors) if vectors else None
+
+
+def vectors_of(leaf: Leaf, asked: Constraint | Update) -> Vectors | None:
+    """The vectors that a constraint or a shaping means in a parameter; None where it has none."""
     shape = tuple(jnp.shape(leaf.array))
-    if getattr(constraint, "axis", None) == "fan_in":
-        vectors = leaf.fan_in and axes.resolve(leaf.fan_in, shape, "out_last", leaf.name)
+    if getattr(asked, "axis", None) == "fan_in":
+        vectors = axes.resolve(leaf.fan_in, shape, "out_last", leaf.name) if leaf.fan_in else None
     else:
-        vectors = constraint.resolve(shape, "out_last", leaf.name)
-    if not vectors:
-        return None
-    projections.float_type(jnp.asarray(leaf.array), leaf.name)
-    return Placed(leaf.name, constraint, vectors)
+        vectors = asked.resolve(shape, "out_last", leaf.name)
+    if vectors:
+        projections.float_type(jnp.asarray(leaf.array), leaf.name)
+    return vectors
 
 
 def _spread(constraints: Any, params: Any) -> list[Constraint | None]:
@@ -88,7 +94,7 @@ def _spread(constraints: Any, params: Any) -> list[Constraint | None]:
         tree = jax.tree.broadcast(constraints, params, is_leaf=absent)
     except ValueError as error:
         raise ValueError(f"the tree of constraints does not have the structure of the parameters: {error}") from None
-    return jax.tree.leaves(tree, is_leaf=_is_none)
+    return jax.tree.leaves(tree, is_leaf=absent)  # None, free, and what holds no parameter
 
 
 def _is_rules(constraints: Any, params: Any) -> TypeGuard[rules.Rules]:

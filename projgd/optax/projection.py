@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +17,10 @@ from projgd.optax.placement import Constraints, Placed, check, place
 
 
 class ProjectionState(NamedTuple):
-    """State of `projection`: the number of updates so far, for schedules."""
+    """State of `projection`: the number of updates so far, for schedules; what sets took from the initial weights."""
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax's own states
+    initial: Any = None  # a tree with the structure of the parameters, None where nothing is taken; None without any
 
 
 def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.GradientTransformationExtraArgs:
@@ -83,16 +85,22 @@ def projection(constraint: Constraints | Callable[[Any], Constraints]) -> optax.
 def _transformation(constraints_at: Callable[[jax.Array], Constraints]) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> ProjectionState:
         count = jnp.zeros((), jnp.int32)
-        _placed(constraints_at(count), params)
-        return ProjectionState(count)
+        placed = _placed(constraints_at(count), params)
+        leaves = jax.tree.leaves(params, is_leaf=absent)
+        initial = [asked and _initial(p, asked) for p, asked in zip(leaves, placed, strict=True)]
+        taken = any(i is not None for i in initial)
+        return ProjectionState(count, _structure(params).unflatten(initial) if taken else None)
 
     def update(updates: Any, state: ProjectionState, params: Any = None, **extra: Any) -> tuple[Any, ProjectionState]:
         del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
         placed = _placed(constraints_at(state.count), params)
+        if state.initial is not None:
+            initial = _structure(params).flatten_up_to(state.initial)
+            placed = [_bound(asked, i) for asked, i in zip(placed, initial, strict=True)]
         projected = zip_leaves(_project_update, updates, params, placed)
-        return projected, ProjectionState(optax.safe_increment(state.count))
+        return projected, ProjectionState(optax.safe_increment(state.count), state.initial)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -102,25 +110,39 @@ def _placed(constraints: Constraints, params: Any) -> list[Placed | None]:
     return place(constraints, params)
 
 
-def zip_leaves(f: Callable[[Any, Any, Placed], Any], updates: Any, params: Any, placed: list[Placed | None]) -> Any:
+def _initial(p: Any, asked: Placed) -> jax.Array | None:
+    x = jnp.asarray(p).reshape(asked.vectors.shape)
+    return asked.constraint.initial(x, asked.vectors.axes, asked.name, jnp)
+
+
+def _bound(asked: Placed | None, initial: jax.Array | None) -> Placed | None:
+    if asked is None or initial is None:
+        return asked
+    return dataclasses.replace(asked, constraint=asked.constraint.bind(initial))
+
+
+def zip_leaves(f: Callable[[Any, Any, Any], Any], updates: Any, params: Any, placed: Sequence[Any]) -> Any:
     """`updates` with f(update, parameter, what is asked of it) where something is asked.
 
     Raises:
         ValueError: updates of another structure or shape than the parameters.
     """
 
-    def one(u: Any, p: Any, asked: Placed | None) -> Any:
+    def one(u: Any, p: Any, asked: Any) -> Any:
         if asked is None or absent(u) or absent(p):
             return u
         if jnp.shape(u) != jnp.shape(p):
             raise ValueError(f"{asked.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
         return f(u, p, asked)
 
-    of_updates: Any = jax.tree.structure(updates, is_leaf=absent)
-    of_params: Any = jax.tree.structure(params, is_leaf=absent)
+    of_updates, of_params = _structure(updates), _structure(params)
     if of_updates != of_params:
         raise ValueError(f"updates and params are different trees: {of_updates} and {of_params}")
     return jax.tree.map(one, updates, params, of_params.unflatten(placed), is_leaf=absent)
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=absent)
 
 
 def _is_axis(axis: Any) -> bool:
@@ -133,7 +155,7 @@ def _project_update(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
     vectors = asked.vectors
     landing = _apply(p, u)
-    q = asked.constraint.onto(landing.reshape(vectors.shape), vectors.axes, jnp).reshape(p.shape)
+    q = asked.constraint.land(landing.reshape(vectors.shape), vectors.axes, jnp).reshape(p.shape)
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))
     return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
 

@@ -101,7 +101,7 @@ def project_(
         return
     w = p.clone() if torch.is_grad_enabled() else p  # differentiable: autograd keeps what the projection started from
     x = w.reshape(vectors.shape)
-    projection = constraint.onto(x, vectors.axes, xp)
+    projection = constraint.land(x, vectors.axes, xp)
     if metric is not None:
         projection = _in_metric(p, x, projection, vectors, constraint, metric)
     projection = projection.reshape(p.shape)
