@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 from projgd import MaxNorm, UnitNorm
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, project_after_step
+from projgd.torch.project import project_group
 
 C = 0.5
 
@@ -195,6 +196,30 @@ def test_implementations_of_the_same_step(options):
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=3e-6, atol=1e-7)
             q.data.copy_(p)
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (ProjectedSGD, {"lr": 0.1}),
+        (ProjectedSGD, {"constraint": UnitNorm()}),
+        (ProjectedAdam, {"foreach": False}),
+        (ProjectedAdam, {"foreach": False, "metric": "adaptive"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("skip", [False, True], ids=["", "GradScaler"])
+def test_off_the_cpu_no_number_is_read_back(made, options, skip):
+    """Tensors on the meta device have no numbers: an `.item()` or a branch on a value raises."""
+    params = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in ((8, 64), (8,), (5, 3, 3, 3))]
+    with pytest.raises(RuntimeError, match="meta"):
+        bool((params[0] > 0).any())
+    optimizer = made(params, **({"c": C} if "constraint" not in options else {}), **options)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    with torch.no_grad():
+        project_group(optimizer.param_groups[0], torch.zeros((), device="meta") if skip else None)
 
 
 def test_differentiable_the_projection_has_its_derivative():
