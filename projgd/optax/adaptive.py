@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from projgd import metrics
+from projgd.optax.landing import add
 from projgd.optax.layouts import absent
-from projgd.optax.placement import Constraints, Placed
-from projgd.optax.projection import _apply, _difference, _placed, projection, zip_leaves
+from projgd.optax.placement import Constraints, Placed, place
+from projgd.optax.projection import _difference, projection, zip_leaves
 
 Diagonal = Callable[[Any, Any], Any]
 """`(state after the step, parameters) -> D`, a tree like the parameters: for an optimizer that is not known here."""
@@ -110,7 +111,7 @@ def projected(
     def init(params: Any) -> ProjectedState:
         state = inner.init(params)
         count = last.init(params).count
-        placed = _placed(at(count), params)
+        placed = place(at(count), params)
         for asked in placed:
             if asked:
                 asked.constraint.check_metric("adaptive")
@@ -122,11 +123,11 @@ def projected(
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
         moved, after = inner.update(updates, state.inner, params, **extra)
-        placed = _placed(at(state.count), params)
+        placed = place(at(state.count), params)
         outside = []
 
         def look(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
-            landing = _apply(p, u).reshape(asked.vectors.shape)
+            landing = add(p, u).reshape(asked.vectors.shape)
             plain = asked.constraint.onto(landing, asked.vectors.axes, jnp)
             outside.append(jnp.any((plain != landing) & ~jnp.isnan(landing)))
             return u.astype(jnp.promote_types(u.dtype, p.dtype))
@@ -150,7 +151,7 @@ def projected(
 def _project_update(u: jax.Array, p: jax.Array, asked: Placed, metric: jax.Array) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u in the metric."""
     shape, axes = asked.vectors.shape, asked.vectors.axes
-    landing = _apply(p, u)
+    landing = add(p, u)
     d = jnp.broadcast_to(metric, p.shape).reshape(shape)
     q = asked.constraint.onto_in(d, landing.reshape(shape), axes, jnp, _loop).reshape(p.shape)
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))

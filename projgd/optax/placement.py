@@ -27,6 +27,12 @@ class Placed:
     name: str
     constraint: Constraint
     vectors: Vectors
+    index: int = 0  # among the leaves
+    over: tuple[str, ...] = ()  # the mesh axes that the vectors are split over, inside shard_map
+
+
+SplitOver = Mapping[str, str | tuple[str, ...]]
+"""Inside `jax.shard_map`: rules {pattern: mesh axis or axes} for the parameters whose vectors those axes split."""
 
 
 def check(constraints: Constraints) -> None:
@@ -41,7 +47,7 @@ def check(constraints: Constraints) -> None:
             )
 
 
-def place(constraints: Constraints, params: Any) -> list[Placed | None]:
+def place(constraints: Constraints, params: Any, split_over: SplitOver | None = None) -> list[Placed | None]:
     """What is asked of every leaf of `params`, in JAX's order; None where it is free.
 
     A mapping from strings to constraints is read as rules, unless its keys are just those at the top of `params`.
@@ -57,6 +63,7 @@ def place(constraints: Constraints, params: Any) -> list[Placed | None]:
     >>> [placed and placed.vectors for placed in place({"*": MaxNorm(4.0)}, params)]
     [None, Vectors(shape=(4, 2), axes=(0,))]
     """
+    check(constraints)
     found = leaves(params)
     if _is_rules(constraints, params):
         names = [leaf.name for leaf in found if leaf]
@@ -66,14 +73,17 @@ def place(constraints: Constraints, params: Any) -> list[Placed | None]:
         asked = _spread(constraints, params)
     if isinstance(constraints, Constraint) and found and found[0] and not found[0].name:
         _refuse_flat(constraints, found[0])
-    return [_placed(leaf, constraint) for leaf, constraint in zip(found, asked, strict=True)]
+    over = rules.first_match(split_over or {}, [leaf.name for leaf in found if leaf])
+    return [_placed(leaf, asked[i], i, over) for i, leaf in enumerate(found)]
 
 
-def _placed(leaf: Leaf | None, constraint: Constraint | None) -> Placed | None:
+def _placed(leaf: Leaf | None, constraint: Constraint | None, index: int, over: Mapping[str, Any]) -> Placed | None:
     if leaf is None or constraint is None:
         return None
     vectors = vectors_of(leaf, constraint)
-    return Placed(leaf.name, constraint, vectors) if vectors else None
+    mesh_axes = over[leaf.name] or ()
+    split = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+    return Placed(leaf.name, constraint, vectors, index, split) if vectors else None
 
 
 def vectors_of(leaf: Leaf, asked: Constraint | Update) -> Vectors | None:

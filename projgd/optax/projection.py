@@ -12,8 +12,9 @@ import optax
 
 from projgd.axes import Axis, Split
 from projgd.constraints import MaxNorm, positive
+from projgd.optax.landing import add, land
 from projgd.optax.layouts import absent
-from projgd.optax.placement import Constraints, Placed, check, place
+from projgd.optax.placement import Constraints, Placed, SplitOver, check, place
 
 
 class ProjectionState(NamedTuple):
@@ -23,7 +24,9 @@ class ProjectionState(NamedTuple):
     initial: Any = None  # a tree with the structure of the parameters, None where nothing is taken; None without any
 
 
-def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.GradientTransformationExtraArgs:
+def maxnorm_projection(
+    c: Any = 4.0, axis: Axis | Any = "fan_in", split_over: SplitOver | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Change an update so that `optax.apply_updates` lands where every neuron has ‖w‖₂ ≤ c. Put it last in the chain.
 
     Args:
@@ -31,6 +34,7 @@ def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.Gradi
         axis: what makes one vector; `"fan_in"` finds it from the leaf's place in the tree, see
             `projgd.optax.layouts`. Or a tree of axes with the structure of the parameters, or of their upper part:
             `{"conv": (0, 1, 2), "embed": 1}`; or rules, `{"*/embedding": 1}`.
+        split_over: as in `projection`.
 
     Raises:
         TypeError, ValueError: a `c` that is no positive number; at `init`, a leaf that cannot be constrained, or an
@@ -50,18 +54,21 @@ def maxnorm_projection(c: Any = 4.0, axis: Axis | Any = "fan_in") -> optax.Gradi
 
     if callable(c):
         at(1.0)  # the axes are checked now, c when the schedule is called
-        return _transformation(lambda count: at(c(count)))
-    constraints = at(positive("c", c))
-    return _transformation(lambda count: constraints)
+        return projection(lambda count: at(c(count)), split_over)
+    return projection(at(positive("c", c)), split_over)
 
 
-def projection(constraint: Constraints | Callable[[Any], Constraints]) -> optax.GradientTransformationExtraArgs:
+def projection(
+    constraint: Constraints | Callable[[Any], Constraints], split_over: SplitOver | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Change an update so that `optax.apply_updates` lands in the set. Put it last in the chain.
 
     Args:
         constraint: one for all parameters; rules `{pattern: constraint or None}` over names joined by `/`, where the
             first match wins and what none matches is free; a tree of constraints and None with the structure of the
             parameters or of their upper part; or a function from the step (0, 1, …; traced) to one of those.
+        split_over: only inside `jax.shard_map`: `{pattern: mesh axis}` for the parameters whose vectors are split over
+            devices. With `jit` and `NamedSharding` there is nothing to say.
 
     Raises:
         TypeError: no constraint; at `init`, a constrained leaf with an integer or complex dtype.
@@ -76,16 +83,13 @@ def projection(constraint: Constraints | Callable[[Any], Constraints]) -> optax.
 
     >>> tx = projection(lambda step: MaxNorm(jnp.minimum(1.0 + 0.01 * step, 4.0)))
     """
-    if callable(constraint):
-        return _transformation(constraint)
-    check(constraint)
-    return _transformation(lambda count: constraint)
+    if not callable(constraint):
+        check(constraint)
+    at = constraint if callable(constraint) else lambda count: constraint
 
-
-def _transformation(constraints_at: Callable[[jax.Array], Constraints]) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> ProjectionState:
         count = jnp.zeros((), jnp.int32)
-        placed = _placed(constraints_at(count), params)
+        placed = place(at(count), params, split_over)
         leaves = jax.tree.leaves(params, is_leaf=absent)
         initial = [asked and _initial(p, asked) for p, asked in zip(leaves, placed, strict=True)]
         taken = any(i is not None for i in initial)
@@ -95,7 +99,7 @@ def _transformation(constraints_at: Callable[[jax.Array], Constraints]) -> optax
         del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        placed = _placed(constraints_at(state.count), params)
+        placed = place(at(state.count), params, split_over)
         if state.initial is not None:
             initial = _structure(params).flatten_up_to(state.initial)
             placed = [_bound(asked, i) for asked, i in zip(placed, initial, strict=True)]
@@ -105,9 +109,57 @@ def _transformation(constraints_at: Callable[[jax.Array], Constraints]) -> optax
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _placed(constraints: Constraints, params: Any) -> list[Placed | None]:
-    check(constraints)
-    return place(constraints, params)
+def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over: SplitOver | None = None) -> Any:
+    """`optax.apply_updates`, then the projection, in place where the parameters are donated to a jitted step.
+
+    Use it instead of a projection in the chain where speed or memory matter: there, a difference has to be taken that
+    `optax.apply_updates` adds again.
+
+    Args:
+        params: a tree of parameters.
+        updates: a tree of the same structure, as an optax optimizer returns it.
+        constraint: what `projection` takes, but a function of the step: call that yourself.
+        split_over: as in `projection`.
+
+    Returns:
+        A tree like `params`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from projgd import MaxNorm
+    >>> params = {"kernel": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}
+    >>> updates = {"kernel": jnp.asarray([[3.0], [4.0]]), "bias": jnp.ones(1)}
+    >>> jax.tree.map(lambda p: p.round(3), apply_updates(params, updates, MaxNorm(1.0)))
+    {'bias': Array([1.], dtype=float32), 'kernel': Array([[0.6],
+           [0.8]], dtype=float32)}
+    """
+
+    _check_structure(updates, params)
+    moved = jax.tree.map(lambda p, u: p if absent(p) or absent(u) else add(p, u), params, updates, is_leaf=absent)
+    still = [absent(u) for u in jax.tree.leaves(updates, is_leaf=absent)]
+    placed = place(constraint, params, split_over)
+    return _land_all(moved, [None if s else asked for s, asked in zip(still, placed, strict=True)], land)
+
+
+def project(params: Any, constraint: Constraints) -> Any:
+    """Every parameter at its nearest point in the set: for initial weights, or averaged ones before an evaluation.
+
+    >>> import jax.numpy as jnp
+    >>> from projgd import MaxNorm
+    >>> project({"kernel": jnp.asarray([[3.0], [4.0]]), "bias": jnp.ones(1)}, MaxNorm(1.0))["kernel"].round(3)
+    Array([[0.6],
+           [0.8]], dtype=float32)
+    """
+
+    def onto(p: jax.Array, asked: Placed) -> jax.Array:
+        q: jax.Array = asked.constraint.onto(p.reshape(asked.vectors.shape), asked.vectors.axes, jnp)
+        return q.reshape(p.shape)
+
+    return _land_all(params, place(constraint, params), onto)
+
+
+def _land_all(params: Any, placed: list[Placed | None], f: Callable[[jax.Array, Placed], jax.Array]) -> Any:
+    asked_of = _structure(params).unflatten(placed)
+    return jax.tree.map(lambda p, asked: f(p, asked) if asked else p, params, asked_of, is_leaf=absent)
 
 
 def _initial(p: Any, asked: Placed) -> jax.Array | None:
@@ -135,10 +187,14 @@ def zip_leaves(f: Callable[[Any, Any, Any], Any], updates: Any, params: Any, pla
             raise ValueError(f"{asked.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
         return f(u, p, asked)
 
+    _check_structure(updates, params)
+    return jax.tree.map(one, updates, params, _structure(params).unflatten(placed), is_leaf=absent)
+
+
+def _check_structure(updates: Any, params: Any) -> None:
     of_updates, of_params = _structure(updates), _structure(params)
     if of_updates != of_params:
         raise ValueError(f"updates and params are different trees: {of_updates} and {of_params}")
-    return jax.tree.map(one, updates, params, of_params.unflatten(placed), is_leaf=absent)
 
 
 def _structure(tree: Any) -> Any:
@@ -153,16 +209,10 @@ def _is_axis(axis: Any) -> bool:
 
 def _project_update(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
-    vectors = asked.vectors
-    landing = _apply(p, u)
-    q = asked.constraint.land(landing.reshape(vectors.shape), vectors.axes, jnp).reshape(p.shape)
+    landing = add(p, u)
+    q = land(landing, asked)
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))
     return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
-
-
-def _apply(p: jax.Array, u: jax.Array) -> jax.Array:
-    """p + u as `optax.apply_updates` computes and rounds it."""
-    return jnp.asarray(p + u).astype(p.dtype)
 
 
 def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
@@ -174,5 +224,5 @@ def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
     u = q.astype(dtype) - p.astype(dtype)
     inward = jnp.where(q > 0, -jnp.inf, jnp.inf).astype(dtype)
     for nearer in (jnp.nextafter(u, inward), -p.astype(dtype)):
-        u = jnp.where(jnp.abs(_apply(p, u)) > jnp.abs(q), nearer, u)
+        u = jnp.where(jnp.abs(add(p, u)) > jnp.abs(q), nearer, u)
     return u
