@@ -167,7 +167,11 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"projected() takes a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
-    return cls if issubclass(cls, Projected) else _subclass(cast("Any", cls))
+    if issubclass(cls, Projected):
+        return cls
+    if taken := [k for k in settings.KEYS if k in inspect.signature(cls).parameters]:
+        raise TypeError(f"{cls.__name__} has an option {taken[0]} of its own: make it and use project_after_step()")
+    return _subclass(cast("Any", cls))
 
 
 def hyperball(cls: type[Optimizer]) -> Callable[..., Projected]:

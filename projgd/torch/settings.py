@@ -53,7 +53,10 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         settings |= {"update": None, "gradient": None}  # a freed group is the inner optimizer's own
     settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
     if settings["constraint"] is not None and not isinstance(settings["constraint"], Constraint):
-        raise TypeError(f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0)")
+        raise TypeError(
+            f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0); rules go through "
+            "param_groups(model, rules)"
+        )
     if settings["update"] is not None and not isinstance(settings["update"], Update):
         raise TypeError(
             f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "

@@ -10,6 +10,7 @@ import pytest
 import schedulefree
 import torch
 from lion_pytorch import Lion
+from torch.testing._internal.two_tensor import TwoTensor
 
 import projgd.torch
 from projgd import MaxNorm, NonNegative
@@ -237,6 +238,7 @@ def test_parameters_without_gradient_are_projected_only_when_asked():
         ({"c": 3.0, "constraint": NonNegative()}, "not both"),
         ({"c": 3.0, "axis": 2}, "axis 2 is out of range for weight with shape"),
         ({"constraint": "max"}, "is no constraint"),
+        ({"constraint": {"*": MaxNorm(1.0)}}, r"is no constraint: .* param_groups\(model, rules\)"),
     ],
 )
 def test_bad_groups_are_refused_and_nothing_is_added(group, message):
@@ -254,6 +256,7 @@ def test_bad_groups_are_refused_and_nothing_is_added(group, message):
         (torch.nn.UninitializedParameter(), "not initialised yet"),
         (torch.zeros(3).expand(2, 3), "expanded"),
         (torch.eye(3).to_sparse(), "is a sparse_coo tensor"),
+        (TwoTensor(torch.eye(3), torch.eye(3)), "is a TwoTensor, a tensor subclass whose norms"),
     ],
 )
 def test_parameters_that_cannot_be_measured_are_refused(param, message):
@@ -261,3 +264,41 @@ def test_parameters_that_cannot_be_measured_are_refused(param, message):
         ProjectedSGD([param], c=1.0)
     with pytest.raises((ValueError, TypeError), match=message):
         project_after_step(torch.optim.SGD([param]), MaxNorm(1.0))
+
+
+def test_what_the_older_fsdp_has_flattened_is_refused():
+    flat = torch.nn.Parameter(torch.zeros(12))
+    flat._fsdp_flattened = True  # what FullyShardedDataParallel sets
+    with pytest.raises(TypeError, match="fully_shard instead"):
+        ProjectedSGD([flat], c=1.0)
+
+
+class WithoutDefaults(torch.optim.Optimizer):
+    """Keeps all its options in its groups, as some optimizers do that treat groups differently."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["rate"])
+
+
+class WithC(torch.optim.SGD):
+    """Has an option of the same name as one of ours."""
+
+    def __init__(self, params, c=2.0):
+        super().__init__(params, lr=c)
+
+
+def test_unusual_optimizers():
+    w = torch.nn.Parameter(torch.full((2, 3), 5.0))
+    optimizer = projected(WithoutDefaults)([{"params": [w], "rate": 0.5, "c": 1.0}])
+    w.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert 1 - 1e-5 <= longest(w) <= 1
+    with pytest.raises(TypeError, match=r"WithC has an option c of its own.*project_after_step"):
+        projected(WithC)
+    ProjectedSGD([{"params": [w], "name": "backbone", "lr_scale": 0.5}], c=1.0)  # what loggers and schedules read

@@ -373,7 +373,7 @@ def test_lightning(way, tmp_path):
     assert equal(resumed.net, whole.net)
 
 
-def test_accelerate():
+def test_accelerate(tmp_path):
     from accelerate import Accelerator
 
     net = outside(network())
@@ -386,7 +386,12 @@ def test_accelerate():
             optimizer.zero_grad()
     assert longest(net) <= C
     assert longest(net) >= C * (1 - 1e-5)
-    optimizer.load_state_dict(optimizer.state_dict())
+    accelerator.save_state(tmp_path)
+    after = copy.deepcopy(net)
+    optimizer.param_groups[0]["c"] = 2 * C
+    outside(net)
+    accelerator.load_state(tmp_path)
+    assert equal(net, after)
     assert optimizer.param_groups[0]["c"] == C
     with pytest.raises(TypeError, match=r"pass the optimizer inside it, such as wrapper.optimizer"):
         project_after_step(optimizer, MaxNorm(C))
@@ -405,24 +410,28 @@ def test_trainer_of_transformers(way, tmp_path):
             logits = self.net(x)
             return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
-    model = Model()
     x, y = batch()
-    options = (
-        {"optimizers": (ProjectedAdamW(model.parameters(), lr=0.1, c=C), None)}
-        if way == "instance"
-        else {"optimizer_cls_and_kwargs": (ProjectedAdamW, {"lr": 0.1, "c": C})}
-    )
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_steps=2,
-        max_grad_norm=1.0,
-        per_device_train_batch_size=4,
-    )
     data = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
-    Trainer(model, arguments, train_dataset=data, **options).train()
-    assert longest(model.net) <= C
-    assert longest(model.net) >= C * (1 - 1e-5)
+
+    def trained(resume=None):
+        model = Model()
+        if way == "instance":
+            options = {"optimizers": (ProjectedAdamW(model.parameters(), lr=0.1, c=C), None)}
+        else:
+            options = {"optimizer_cls_and_kwargs": (ProjectedAdamW, {"lr": 0.1, "c": C})}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_steps=2,
+            max_grad_norm=1.0,
+            per_device_train_batch_size=4,
+        )
+        Trainer(model, arguments, train_dataset=data, **options).train(resume_from_checkpoint=resume)
+        return model.net
+
+    whole = trained()
+    assert C * (1 - 1e-5) <= longest(whole) <= C
+    assert equal(trained(resume=str(tmp_path / "checkpoint-2")), whole)
