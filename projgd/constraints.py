@@ -211,7 +211,7 @@ class Sphere(Constraint):
         self, z_norm: Array, r: Array, kind: FloatType, vectors: Vectors, xp: ModuleType
     ) -> tuple[Array, Array] | None:
         radius = self._number()
-        off = projections.is_off(z_norm, r, radius, kind, vectors.shape, vectors.axes, xp)
+        off = projections.is_off(z_norm, r, radius, kind, vectors.shape, vectors.axes, xp, moved=True)
         return off, radius / xp.where(off, z_norm, xp.ones_like(z_norm))
 
     def onto_in(

@@ -133,7 +133,8 @@ class Projected(Optimizer):
         super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
         for index, p in zip(_in_order(saved), _in_order(self.param_groups), strict=True):
             if index in initial:
-                self._initial[p] = initial[index].to(p.device, copy=True)
+                taken = initial[index].to(p.device, copy=True)
+                self._initial[p] = taken.reshape(self._initial[p].shape) if p in self._initial else taken
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch keeps, and what the inner class's constructor set beside it: torch drops that from copies."""

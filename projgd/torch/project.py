@@ -59,6 +59,8 @@ def project_params(
                 _project_rows(p, moved, constraint, skip, metric)
             if rows and skip is None:
                 rows.projected(p, constraint)
+        elif initial and p in initial:
+            sharded.project([p], constraint.bind(initial[p].reshape(-1)), skip)
         elif sharded.crossed(p, constraint):
             spread.append(p)
         elif p.to_local().numel():

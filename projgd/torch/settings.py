@@ -106,8 +106,6 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             )
         constraint.resolve(tuple(p.shape), "out_first", name)
         if sharded.is_dtensor(p):
-            if getattr(constraint, "radius", None) == "initial":
-                raise ValueError(f"{constraint} is not known for {name}, a DTensor: pass a radius")
             sharded.check(p, constraint, metric, name)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import array_api_compat.torch as xp
 import torch
@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from projgd import projections
 from projgd.constraints import Constraint, Sphere, norms_of
-from projgd.projections import Measures
-from projgd.torch import ball, settings, sharded
+from projgd.torch import settings
+from projgd.torch.landing import Plan, land, measurable
 from projgd.torch.project import Initial
-from projgd.updates import MaxUpdate, RelativeUpdate, TangentUpdate, Update
+from projgd.updates import RelativeUpdate, TangentUpdate
 
 BLIND = (
     torch.optim.Adadelta,
@@ -85,13 +85,11 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
     for name, p in named.items():
         settings.check(constraint, {name: p})
         projections.float_type(p, name)
-        if sharded.is_dtensor(p):
-            raise ValueError(f"{update} is not known for {name}, a DTensor: leave update= out, or do not shard it")
         vectors = settings.vectors_of_update(group, p, name)
         if vectors is None:
             continue
         if update.needs_norm and not p.is_meta:
-            norms_of(p.detach().reshape(vectors.shape), vectors.axes, name, f"{update} needs one", xp)
+            norms_of(*measurable(p, vectors, _carrier(group)), name, f"{update} needs one", xp)
         if p.dtype in (torch.bfloat16, torch.float16) and reads_weights(inner, group):
             warnings.warn(
                 f"{name} is {p.dtype}, and the update of {inner.__name__} is read off it as a difference, after "
@@ -106,10 +104,18 @@ def initial(constraint: Constraint | None, named: Mapping[str, torch.Tensor]) ->
     for name, p in named.items():
         vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first", name)
         if constraint is not None and vectors is not None and not p.is_meta:
-            taken = constraint.initial(p.detach().reshape(vectors.shape), vectors.axes, name, xp)
+            taken = constraint.initial(*measurable(p, vectors, constraint), name, xp)
             if taken is not None:
                 found[p] = taken
     return found
+
+
+def _carrier(group: Mapping[str, Any]) -> Constraint:
+    """A set with the vectors that the group's update is shaped along."""
+    constraint, axis = settings.constraint_of(group), group["update"].axis
+    if constraint is not None and hasattr(constraint, "axis"):
+        return constraint
+    return Sphere(1.0, "matrix" if axis == "set" else axis)
 
 
 def step(
@@ -145,9 +151,21 @@ def step(
             for _, p, w in plans:
                 p.copy_(w)
             raise
-        for group, p, w in plans:
-            if p.grad is not None:
-                _land(p, w, group, initial.get(p), from_zero=not reads_weights(inner, group))
+        land(
+            [
+                Plan(
+                    p,
+                    w,
+                    reads_weights(inner, g),
+                    g["update"],
+                    g.get("lr", 1.0),
+                    _carrier(g),
+                    _radius(g, initial.get(p)),
+                )
+                for g, p, w in plans
+                if p.grad is not None
+            ]
+        )
     return returned if loss is None else loss
 
 
@@ -173,61 +191,10 @@ def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[torch.Tensor]
     return [p for p in moved if settings.vectors_of_update(group, p) is not None]
 
 
-@torch.no_grad()
-def _land(
-    p: torch.Tensor, w: torch.Tensor, group: Mapping[str, Any], initial: torch.Tensor | None, from_zero: bool
-) -> None:
-    """Put w + shape(u) in p, which holds u (`from_zero`) or w + u. Sums are taken in float32 for halves."""
-    vectors = settings.vectors_of_update(group, p)
-    assert vectors is not None
-    compute = getattr(torch, projections.float_type(p).compute)
-    in_place = p.dtype == compute and p.is_contiguous()
-    u, w = (p.view if in_place else p.to(compute).reshape)(vectors.shape), w.to(compute).reshape(vectors.shape)
-    if not from_zero:
-        u.sub_(w)
-    _shape(u, w, group["update"], group.get("lr", 1.0), vectors.axes)
-    u.add_(w)
-    if _lands(group):
-        radius = settings.constraint_of(group).radius if initial is None else initial  # type: ignore[union-attr]
-        _onto_sphere(u, radius, vectors.axes, projections.float_type(p))
-    if not in_place:
-        p.copy_(u.reshape(p.shape))
-
-
-def _shape(u: torch.Tensor, w: torch.Tensor, update: Update, lr: Any, axes: tuple[int, ...]) -> None:
-    """`Update.shape`, in place: two numbers per vector from its measures, and one pass or two with them."""
-    size = Measures(_norm(w, axes), _norm(u, axes), torch.zeros(()))
-    if not isinstance(update, (RelativeUpdate, MaxUpdate)):
-        size = size._replace(cosine=_cosine(u, w, size, axes))
-    alpha, length = update.coefficients(size, lr, xp)
-    usable = torch.isfinite(size.w) & torch.isfinite(size.u) & (size.u > 0)
-    factor = torch.where(usable, length / size.u, 1.0).clamp(max=torch.finfo(u.dtype).max)
-    u.mul_(factor.to(u.dtype))
-    if isinstance(alpha, torch.Tensor):
-        u.addcmul_(w, torch.where(usable, alpha, 0.0).to(u.dtype))
-
-
-def _onto_sphere(x: torch.Tensor, radius: Any, axes: tuple[int, ...], kind: projections.FloatType) -> None:
-    """`Sphere.land`, in place and before rounding to the stored dtype."""
-    norm = _norm(x, axes)
-    near = (norm - radius).abs() <= projections.sphere_band(kind, tuple(x.shape), axes, radius, moved=True)
-    x.mul_(torch.where(torch.isfinite(norm) & (norm > 0) & ~near, radius / norm, 1.0).to(x.dtype))
-
-
-def _norm(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    """Norms with the reduced axes kept, in float64 where the device has it."""
-    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
-        return projections.norm(x, axes, xp)  # type: ignore[no-any-return]
-    if x.device.type == "cpu":
-        norm = ball.norms(x, axes)
-        if bool(((norm > 1e-12) & (norm < 1e18)).all()):  # no square that counts over- or underflowed
-            return norm
-    return cast("torch.Tensor", torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float64))
-
-
-def _cosine(u: torch.Tensor, w: torch.Tensor, size: Measures, axes: tuple[int, ...]) -> torch.Tensor:
-    u, w = (x / torch.where(n > 0, n, 1.0).to(x.dtype) for x, n in ((u, size.u), (w, size.w)))
-    return torch.sum(u * w, dim=axes, keepdim=True).to(size.u.dtype)
+def _radius(group: Mapping[str, Any], initial: torch.Tensor | None) -> Any:
+    if not _lands(group):
+        return None
+    return settings.constraint_of(group).radius if initial is None else initial  # type: ignore[union-attr]
 
 
 def _then_tangent(closure: Callable[[], Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
@@ -239,17 +206,16 @@ def _then_tangent(closure: Callable[[], Any], groups: Sequence[Mapping[str, Any]
     return tangent
 
 
-@torch.no_grad()
 def _make_gradients_tangent(groups: Iterable[Mapping[str, Any]]) -> None:
     """Remove from `p.grad` what would change the norm, in the groups with `gradient="tangent"`."""
+    plans = []
     for group in groups:
         constraint = settings.constraint_of(group)
-        if group["gradient"] is None or constraint is None:
-            continue
-        for p in group["params"]:
-            vectors = constraint.resolve(tuple(p.shape), "out_first")
-            if p.grad is not None and vectors is not None:
-                compute = getattr(torch, projections.float_type(p).compute)
-                g, w = (x.detach().to(compute).reshape(vectors.shape) for x in (p.grad.clone(), p))
-                _shape(g, w, TangentUpdate(), 1.0, vectors.axes)
-                p.grad.copy_(g.reshape(p.shape))
+        if group["gradient"] is not None and constraint is not None:
+            with_vectors = [p for p in group["params"] if constraint.resolve(tuple(p.shape), "out_first") is not None]
+            plans += [
+                Plan(p.grad, p.detach(), False, TangentUpdate(), 1.0, constraint, moves=False)
+                for p in with_vectors
+                if p.grad is not None
+            ]
+    land(plans)

@@ -71,18 +71,18 @@ def crossed(p: DTensor, constraint: Constraint) -> tuple[int, ...]:
 
 def project(params: list[DTensor], constraint: Constraint, skip: torch.Tensor | None = None) -> None:
     """Project parameters whose vectors are spread, in place; not where `skip` is positive."""
-    by_mesh: dict[object, list[_Part]] = {}
+    by_mesh: dict[object, list[Part]] = {}
     for p in params:
         _refuse_whole(p, constraint, "a parameter")  # once more: it may have been sharded after it was checked
     for p in params:
-        part = _part(p, constraint)
+        part = part_of(p, constraint)
         by_mesh.setdefault((p.device_mesh, part.over, p.dtype == torch.float64), []).append(part)
     for parts in by_mesh.values():
         _project(parts, constraint, skip)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What this rank holds of a parameter."""
 
     p: DTensor
@@ -98,18 +98,18 @@ class _Part:
         return math.prod([n for a, n in enumerate(self.vectors.shape) if a not in self.vectors.axes])
 
 
-def _project(parts: list[_Part], constraint: Constraint, skip: torch.Tensor | None) -> None:
+def _project(parts: list[Part], constraint: Constraint, skip: torch.Tensor | None) -> None:
     """Sums in float64: the squares of other types neither over- nor underflow there, so that one number per vector is
     enough. Those of float64 itself may, and are divided by the largest entry of their vector first, found likewise.
     """
     divided = parts[0].local.dtype == torch.float64
     if divided:
-        largest = _shared([_collected(q, q.local.abs(), "amax") for q in parts], parts[0], "MAX")
+        largest = shared([collected(q, q.local.abs(), "amax") for q in parts], parts[0], "MAX")
     else:
         largest = [torch.ones(q.rows, dtype=torch.float64, device=q.local.device) for q in parts]
     scales = [torch.where(torch.isfinite(r) & (r > 0), r, 1.0)[q.row] for q, r in zip(parts, largest, strict=True)]
     scaled = [q.local / s if divided else q.local.double() for q, s in zip(parts, scales, strict=True)]
-    sums = _shared([_collected(q, z * z, "sum") for q, z in zip(parts, scaled, strict=True)], parts[0], "SUM")
+    sums = shared([collected(q, z * z, "sum") for q, z in zip(parts, scaled, strict=True)], parts[0], "SUM")
     ranks = math.prod(parts[0].p.device_mesh.size(i) for i in parts[0].over)
     for part, z, r, total in zip(parts, scaled, largest, sums, strict=True):
         z_norm = total.sqrt() * (1 + ranks * 2.0**-54)  # what adding up over the ranks may have lost
@@ -123,7 +123,7 @@ def _project(parts: list[_Part], constraint: Constraint, skip: torch.Tensor | No
         part.local.copy_(torch.where(moved[part.row], (z * factor[part.row]).to(part.local.dtype), part.local))
 
 
-def _collected(part: _Part, x: torch.Tensor, how: Literal["sum", "amax"]) -> torch.Tensor:
+def collected(part: Part, x: torch.Tensor, how: Literal["sum", "amax"]) -> torch.Tensor:
     """`x` summed, or its maximum, over the entries of each vector that this rank holds."""
     found = torch.zeros(part.rows, dtype=torch.float64, device=x.device)
     if x.numel() == 0:
@@ -133,7 +133,7 @@ def _collected(part: _Part, x: torch.Tensor, how: Literal["sum", "amax"]) -> tor
     return found.scatter_reduce_(0, part.row.expand(x.shape).reshape(-1), x.reshape(-1).double(), how)
 
 
-def _shared(found: list[torch.Tensor], part: _Part, how: str) -> list[torch.Tensor]:
+def shared(found: list[torch.Tensor], part: Part, how: str) -> list[torch.Tensor]:
     """The same over all ranks: one all-reduce, of one number per vector."""
     from torch import distributed
 
@@ -144,7 +144,8 @@ def _shared(found: list[torch.Tensor], part: _Part, how: str) -> list[torch.Tens
     return list(torch.split(joined, [len(f) for f in found]))
 
 
-def _part(p: DTensor, constraint: Constraint) -> _Part:
+def part_of(p: DTensor, constraint: Constraint) -> Part:
+    """What this rank holds of `p`, and of which vectors."""
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     assert vectors is not None  # a parameter without vectors is not crossed
     local = p.to_local()
@@ -161,7 +162,7 @@ def _part(p: DTensor, constraint: Constraint) -> _Part:
             if a not in axes:
                 row = row + index % shape[a] * stride[a]
             index = index // shape[a]
-    return _Part(p, local, vectors, crossed(p, constraint), tuple(whole), row)
+    return Part(p, local, vectors, crossed(p, constraint), tuple(whole), row)
 
 
 def _views(p: torch.Tensor, constraint: Constraint) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 A process group is started once for all of them; `test_ranks.py` starts the ranks and reads the answers.
 """
 
+import functools
 import json
 import sys
 import traceback
@@ -23,7 +24,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from projgd import MaxNorm, NonNegative, Split, UnitNorm
+from projgd import MaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
 from projgd.torch import ProjectedAdam, ProjectedSGD, param_groups, project_after_step
 
 C = 0.4
@@ -199,6 +200,61 @@ def check_refusals(ranks, **_):
     ProjectedSGD([p], constraint=NonNegative())
     with pytest.raises(ValueError, match="needs each of them whole"):
         ProjectedSGD([p], constraint=Odd(1.0))
+
+
+def check_shaped_updates(ranks, folder):
+    """AdamH and other shapings on shards of every kind: the single process's weights, one all-reduce per dimension."""
+    flat, square = init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2))
+    layouts = [
+        (flat, [Shard(0)]),
+        (flat, [Shard(1)]),
+        (square, [Shard(0), Shard(1)]),
+        (square, [Replicate(), Shard(1)]),
+    ]
+    kinds = [
+        {"constraint": Sphere("initial", axis=None), "update": RelativeUpdate()},
+        {"constraint": Sphere("initial"), "update": RelativeUpdate()},
+        {"constraint": Sphere("initial", Split(0, 2, (1, 2)))},
+        {"update": RadialBrake(0.3, 0.7)},
+        {"constraint": UnitNorm(0), "gradient": "tangent"},
+    ]
+    rng = np.random.default_rng(0)
+    shapes = [(6, 8), (10, 7)]  # 7 columns are not shared evenly
+    weights = [torch.as_tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes]
+    grads = [[torch.as_tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes] for _ in range(6)]
+
+    def run(options, place, steps, saved=None, over=None):
+        params = [nn.Parameter(place(w.clone() * (1 if saved is None else 2))) for w in weights]
+        optimizer = ProjectedAdam(params, lr=0.05, foreach=False, **options)
+        if saved is not None:  # made from other weights: the radii of the checkpoint count
+            optimizer.load_state_dict(saved[1])
+            for p, w in zip(params, saved[0], strict=True):
+                p.data.copy_(place(w))
+        for k in steps:
+            for p, g in zip(params, grads[k], strict=True):
+                p.grad = place(g.clone())
+            with CommDebugMode() as traffic:
+                optimizer.step()
+        if over is not None and "gradient" not in options and "update" in options:
+            assert sum(traffic.get_comm_counts().values()) == over, traffic.get_comm_counts()
+        return [whole(p) for p in params], optimizer.state_dict()
+
+    for options in kinds:
+        alone, _ = run(options, lambda x: x, range(6))
+        for mesh, placements in layouts:
+            over = sum(isinstance(x, Shard) for x in placements)
+            place = functools.partial(distribute_tensor, device_mesh=mesh, placements=placements)
+            spread, _ = run(options, place, range(6), over=over)
+            for p, q in zip(alone, spread, strict=True):
+                assert (p - q).norm() <= 1e-6 * p.norm(), (options, placements, (p - q).norm() / p.norm())
+            if "gradient" in options or len(placements) > 1:
+                continue
+            half = run(options, place, range(3))
+            again, _ = run(options, place, range(3, 6), saved=half)
+            assert all((p == q).all() for p, q in zip(spread, again, strict=True)), (options, placements)
+    p = nn.Parameter(distribute_tensor(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), flat, [Shard(0)]))
+    with pytest.raises(ValueError, match="1 of its 2 vectors have norm 0"):
+        ProjectedAdam([p], constraint=Sphere("initial"))
 
 
 def check_zero_redundancy(ranks, **_):

@@ -1,0 +1,159 @@
+"""The arithmetic of a shaped step, in place: w ← Π(w + shape(u)).
+
+`Update.coefficients` asks for three numbers per vector and gives two. So a parameter is measured in one pass and moved
+in another; and where vectors are spread over ranks, one all-reduce of three numbers per vector is shared by all
+parameters. A sphere is landed on before rounding to the parameter's dtype: the norm of the sum follows from the same
+numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import array_api_compat.torch as xp
+import torch
+
+from projgd import projections
+from projgd.axes import Vectors
+from projgd.constraints import Constraint
+from projgd.projections import FloatType, Measures
+from projgd.torch import ball, sharded
+from projgd.updates import MaxUpdate, RelativeUpdate, Update
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of `p`, which holds an update u of the weights `w` or, if `on_top`, w + u."""
+
+    p: torch.Tensor
+    w: torch.Tensor
+    on_top: bool
+    update: Update
+    lr: Any
+    of: Constraint  # a set with the vectors that are meant
+    radius: Any = None  # of the sphere that is landed on; None for no sphere
+    moves: bool = True  # whether w + shape(u) is wanted, or shape(u) alone
+
+
+@torch.no_grad()
+def land(plans: Sequence[Plan]) -> None:
+    """Put what is wanted in every p. Sums are taken in float32 for halves, or more."""
+    by_mesh: dict[object, list[tuple[Plan, sharded.Part]]] = {}
+    for plan in plans:
+        if sharded.is_dtensor(plan.p):
+            part = _part(plan.p, plan.of)
+            by_mesh.setdefault((plan.p.device_mesh, part.over), []).append((plan, part))
+        else:
+            _land_plain(plan)
+    for spread in by_mesh.values():
+        _land_sharded(spread)
+
+
+def _land_plain(plan: Plan) -> None:
+    p, vectors = plan.p, plan.of.resolve(tuple(plan.p.shape), "out_first")
+    assert vectors is not None
+    kind = projections.float_type(p)
+    compute = getattr(torch, kind.compute)
+    in_place = p.dtype == compute and p.is_contiguous()
+    u, w = (p.view if in_place else p.to(compute).reshape)(vectors.shape), plan.w.to(compute).reshape(vectors.shape)
+    if plan.on_top:
+        u.sub_(w)
+    _shape(u, w, plan.update, plan.lr, vectors.axes)
+    if plan.moves:
+        u.add_(w)
+    if plan.radius is not None:
+        u.mul_(_to_sphere(_norms(u, vectors.axes), plan.radius, kind, vectors).to(compute))
+    if not in_place:
+        p.copy_(u.reshape(p.shape))
+
+
+def _land_sharded(spread: list[tuple[Plan, sharded.Part]]) -> None:
+    found = []
+    for plan, part in spread:
+        u, w = _pair(plan)
+        found += [sharded.collected(part, x, "sum") for x in (w * w, u * u, u * w)]
+    sums = iter(sharded.shared(found, spread[0][1], "SUM"))
+    for plan, part in spread:
+        ww, uu, uw = next(sums), next(sums), next(sums)
+        product = (ww * uu).sqrt()
+        size = Measures(ww.sqrt(), uu.sqrt(), uw / torch.where(product > 0, product, 1.0))
+        share, factor = _numbers(plan.update, size, plan.lr)
+        scale = torch.ones_like(share)
+        if plan.radius is not None:
+            landed = (1 + share) ** 2 * ww + 2 * (1 + share) * factor * uw + factor**2 * uu
+            radius = plan.radius.reshape(-1) if isinstance(plan.radius, torch.Tensor) else plan.radius
+            scale = _to_sphere(landed.sqrt(), radius, projections.float_type(part.local), part.vectors)
+        u, w = _pair(plan)
+        shaped = u * factor[part.row] + w * share[part.row]
+        part.local.copy_((w + shaped) * scale[part.row] if plan.moves else shaped)
+
+
+def _pair(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of u and w in float64, whose squares neither over- nor underflow."""
+    u, w = (cast("Any", x).to_local().double() for x in (plan.p, plan.w))
+    return (u - w if plan.on_top else u), w
+
+
+def _shape(u: torch.Tensor, w: torch.Tensor, update: Update, lr: Any, axes: tuple[int, ...]) -> None:
+    """`Update.shape` in place."""
+    size = Measures(_norms(w, axes), _norms(u, axes), torch.zeros(()))
+    if not isinstance(update, (RelativeUpdate, MaxUpdate)):
+        size = size._replace(cosine=_cosine(u, w, size, axes))
+    share, factor = _numbers(update, size, lr)
+    u.mul_(factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype))
+    if not isinstance(update, (RelativeUpdate, MaxUpdate)):
+        u.addcmul_(w, share.to(u.dtype))
+
+
+def _numbers(update: Update, size: Measures, lr: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The share of w that is added to the update, and what the update is multiplied by."""
+    alpha, length = update.coefficients(size, lr, xp)
+    usable = torch.isfinite(size.w) & torch.isfinite(size.u) & (size.u > 0)
+    share = torch.where(usable, torch.as_tensor(alpha, dtype=size.u.dtype, device=size.u.device), 0.0)
+    return share, torch.where(usable, length / size.u, 1.0)
+
+
+def _to_sphere(norm: torch.Tensor, radius: Any, kind: FloatType, vectors: Vectors) -> torch.Tensor:
+    """What vectors with these norms are multiplied by, as in `Sphere.land`."""
+    near = (norm - radius).abs() <= projections.sphere_band(kind, vectors.shape, vectors.axes, radius, moved=True)
+    return torch.where(torch.isfinite(norm) & (norm > 0) & ~near, radius / norm, 1.0)
+
+
+def _norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """Norms with the reduced axes kept, in float64 where the device has it."""
+    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
+        return projections.norm(x, axes, xp)  # type: ignore[no-any-return]
+    if x.device.type == "cpu":
+        norm = ball.norms(x, axes)
+        if bool(((norm > 1e-12) & (norm < 1e18)).all()):  # no square that counts over- or underflowed
+            return norm
+    return cast("torch.Tensor", torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float64))
+
+
+def _cosine(u: torch.Tensor, w: torch.Tensor, size: Measures, axes: tuple[int, ...]) -> torch.Tensor:
+    u, w = (x / torch.where(n > 0, n, 1.0).to(x.dtype) for x, n in ((u, size.u), (w, size.w)))
+    return torch.sum(u * w, dim=axes, keepdim=True).to(size.u.dtype)
+
+
+def _norms_over_ranks(p: torch.Tensor, of: Constraint) -> torch.Tensor:
+    """The norms of the vectors of a DTensor, in a row: one all-reduce."""
+    part = _part(cast("Any", p), of)
+    local = part.local.double()
+    (squares,) = sharded.shared([sharded.collected(part, local * local, "sum")], part, "SUM")
+    return squares.sqrt()
+
+
+def _part(p: Any, of: Constraint) -> sharded.Part:
+    """What this rank holds, its sums taken over every dimension of the mesh that `p` is sharded over."""
+    over = tuple(i for i, placement in enumerate(p.placements) if hasattr(placement, "dim"))
+    return dataclasses.replace(sharded.part_of(p, of), over=over)
+
+
+def measurable(p: torch.Tensor, vectors: Vectors, of: Constraint) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """What has the norms of the vectors of `p`, and over which axes: of a sharded one, the norms themselves."""
+    if sharded.is_dtensor(p):
+        return _norms_over_ranks(p.detach(), of).unsqueeze(1), (1,)
+    return p.detach().reshape(vectors.shape), vectors.axes
