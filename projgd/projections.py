@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_namespace
 
 Array = Any
 Scalar = Any  # a Python float, or a 0-d array (traced, in JAX)
@@ -255,6 +255,8 @@ def _scaled(x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Arr
 
 def _sum(x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:
     """Sum over `axes` in a tree of blocks: error ≤ BLOCK · log_BLOCK(n) units, not n."""
+    if is_jax_namespace(xp):  # XLA merges nested sums and takes its own tree; blocks would make it gather sharded axes
+        return xp.sum(x, axis=axes, keepdims=True)
     for a in axes:
         while x.shape[a] > BLOCK:
             x = xp.sum(_blocks(x, a, BLOCK, xp), axis=a + 1)

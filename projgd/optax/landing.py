@@ -38,7 +38,7 @@ def land(x: jax.Array, asked: Placed) -> jax.Array:
             c = jnp.asarray(c).astype(kind.compute)
             c = jnp.where((c >= 2.0**-reach) & (c <= 2.0**reach), c, jnp.nan)
         if traced or 2.0**-reach <= c <= 2.0**reach:
-            limits = projections.ball_limits(kind, x.shape, vectors.axes, c, jnp)
+            limits = projections.ball_limits(kind, _whole(asked), vectors.axes, c, jnp)
             if not limits.fill:
                 return _into_ball(x, limits, asked)
     if asked.over:
@@ -60,6 +60,14 @@ def _into_ball(x: jax.Array, limits: projections.BallLimits, asked: Placed) -> j
     first = jnp.where(outside & huge, 2.0**-near, 1.0).astype(compute)
     then = jnp.where(outside, limits.target / jnp.where(outside, norm, 1.0), 1.0).astype(compute)
     return (w * first * then).astype(x.dtype)
+
+
+def _whole(asked: Placed) -> tuple[int, ...]:
+    """The shape of an array whose vectors are as long as these over all devices."""
+    shape = list(asked.vectors.shape)
+    if asked.over:
+        shape[max(asked.vectors.axes, key=shape.__getitem__)] *= jax.lax.axis_size(asked.over)
+    return tuple(shape)
 
 
 def _total(squares: jax.Array, asked: Placed) -> jax.Array:
