@@ -37,7 +37,7 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> None:
         _opaque(p, c, list(vectors.shape), list(vectors.axes))
         return
     x, axes = p.reshape(vectors.shape), vectors.axes
-    limits = _limits(p.dtype, vectors, c)
+    limits = ball_limits(p.dtype, vectors, c)
     # Near c the squares must be far from both ends of float32.
     plain = axes and x.numel() and x.dtype != torch.float64 and not limits.fill and 2.0**-40 <= c <= 2.0**60
     if plain and x.device.type == "cuda":
@@ -56,7 +56,8 @@ def _opaque(p: torch.Tensor, c: float, shape: list[int], axes: list[int]) -> Non
 
 
 @functools.lru_cache(maxsize=4096)
-def _limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
+def ball_limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
+    """`projections.ball_limits`, remembered."""
     kind = projections.FLOATS[str(dtype).removeprefix("torch.")]
     return projections.ball_limits(kind, vectors.shape, vectors.axes, c, xp)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from projgd.constraints import Constraint
 
 State = Mapping[str, Any]
 Group = Mapping[str, Any]
+Pick = Callable[[Tensor], Tensor]
+"""Some of the rows of a tensor that has the parameter's shape."""
+
+
+class Metric(Protocol):
+    """From a parameter to the diagonal D that its step was divided by, or some rows of it; None for the identity."""
+
+    def __call__(self, p: Tensor, /, pick: Pick | None = None) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,13 @@ class Diagonal:
         of: `(state, group) -> D`, a non-negative tensor of the parameter's shape.
         needs: the entries of the state that `of` reads.
         before: those of them that are handed over as they were before the step, because the step overwrites them.
+        entrywise: whether an entry of D depends only on the same entry of the state's tensors.
     """
 
     of: Callable[[State, Group], Tensor]
     needs: tuple[str, ...]
     before: tuple[str, ...] = ()
+    entrywise: bool = True
 
 
 def register_metric(
@@ -56,7 +66,7 @@ def register_metric(
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"register_metric() takes a torch.optim.Optimizer class, not {cls!r}")
     before = tuple(before)
-    DIAGONALS[cls] = Diagonal(of, tuple(dict.fromkeys((*needs, *before))), before)
+    DIAGONALS[cls] = Diagonal(of, tuple(dict.fromkeys((*needs, *before))), before, entrywise=False)
 
 
 def diagonal_of(cls: type[Optimizer]) -> Diagonal | None:
@@ -109,15 +119,23 @@ def before_step(optimizer: Optimizer, cls: type[Optimizer]) -> dict[Tensor, dict
 
 def after_step(
     optimizer: Optimizer, cls: type[Optimizer], group: Group, kept: Mapping[Tensor, dict[str, Any]]
-) -> Callable[[Tensor], Tensor | None] | None:
-    """A function from a parameter of the group to its D, or None where that is the identity."""
+) -> Metric | None:
+    """The metric of the step that the group has just taken; None where that is the identity."""
     diagonal = diagonal_of(cls) if group["metric"] == "adaptive" else None
     if diagonal is None:
         return None
 
-    def of(p: Tensor) -> Tensor | None:
+    def of(p: Tensor, pick: Pick | None = None) -> Tensor | None:
         state = optimizer.state.get(p)
-        return diagonal.of({**state, **kept.get(p, {})}, group) if state else None  # never stepped: no metric yet
+        if not state:  # never stepped: no metric yet
+            return None
+        state = {**state, **kept.get(p, {})}
+        if pick is None:
+            return diagonal.of(state, group)
+        if not diagonal.entrywise:
+            return pick(diagonal.of(state, group))
+        some = {k: pick(v) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in state.items()}
+        return diagonal.of(some, group)
 
     return of
 
@@ -192,5 +210,5 @@ DIAGONALS: dict[type[Optimizer], Diagonal | None] = {
     torch.optim.Adagrad: Diagonal(lambda state, group: _wide(state["sum"]).sqrt() + group["eps"], ("sum",)),
     torch.optim.RMSprop: Diagonal(_rmsprop, ("square_avg",)),
     torch.optim.Adadelta: Diagonal(_adadelta, ("square_avg", "acc_delta"), ("acc_delta",)),
-    torch.optim.Adafactor: Diagonal(_adafactor, ()),
+    torch.optim.Adafactor: Diagonal(_adafactor, (), entrywise=False),
 }

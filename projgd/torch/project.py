@@ -11,12 +11,10 @@ import torch
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import ball, sharded
+from projgd.torch import ball, metric_ball, sharded
+from projgd.torch.metrics import Metric, Pick
 from projgd.torch.settings import constraint_of
 from projgd.torch.sparse import MovedRows
-
-Metric = Callable[[torch.Tensor], torch.Tensor | None]
-"""From a parameter to the diagonal D that its step was divided by; None for the identity."""
 
 Initial = Mapping[torch.Tensor, torch.Tensor]
 """What the sets of an optimizer took from the initial weights, by parameter."""
@@ -72,9 +70,9 @@ def project_params(
 def _project_rows(
     p: torch.Tensor, moved: torch.Tensor, constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
 ) -> None:
-    def of(x: torch.Tensor) -> torch.Tensor | None:
-        diagonal = None if metric is None else metric(p)
-        return None if diagonal is None else diagonal.index_select(0, moved)
+    def of(x: torch.Tensor, pick: Pick | None = None) -> torch.Tensor | None:
+        diagonal = None if metric is None else metric(p, lambda t: t.index_select(0, moved))
+        return diagonal if diagonal is None or pick is None else pick(diagonal)
 
     x = p.index_select(0, moved)
     project_(x, constraint, skip, metric and of)
@@ -84,9 +82,11 @@ def _project_rows(
 def _of_shard(p: torch.Tensor, metric: Metric) -> Metric:
     """The metric of what this rank holds of `p`."""
 
-    def of(local: torch.Tensor) -> torch.Tensor | None:
+    def of(local: torch.Tensor, pick: Pick | None = None) -> torch.Tensor | None:
         diagonal = metric(p)
-        return diagonal.to_local() if diagonal is not None and sharded.is_dtensor(diagonal) else diagonal
+        if diagonal is not None and sharded.is_dtensor(diagonal):
+            diagonal = diagonal.to_local()
+        return diagonal if diagonal is None or pick is None else pick(diagonal)
 
     return of
 
@@ -98,9 +98,12 @@ def project_(
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
         return
-    if metric is None and isinstance(constraint, MaxNorm) and skip is None and ball.takes(p):
-        ball.project_ball_(p, constraint.c, vectors)
-        return
+    if isinstance(constraint, MaxNorm) and skip is None and ball.takes(p):
+        if metric is None:
+            ball.project_ball_(p, constraint.c, vectors)
+            return
+        if metric_ball.project_ball_(p, constraint.c, vectors, metric):
+            return
     w = p.clone() if torch.is_grad_enabled() else p  # differentiable: autograd keeps what the projection started from
     x = w.reshape(vectors.shape)
     projection = constraint.land(x, vectors.axes, xp)

@@ -3,12 +3,14 @@
 import copy
 import pickle
 
+import array_api_compat.torch as xp
 import pytest
 import torch
 
-from projgd import MaxNorm, NonNegative, Sphere, UnitNorm
+from projgd import MaxNorm, NonNegative, Sphere, UnitNorm, metrics
 from projgd.constraints import Constraint
 from projgd.torch import ProjectedAdagrad, ProjectedAdam, ProjectedRMSprop, ProjectedSGD, projected, register_metric
+from projgd.torch.project import project_
 from tests.optimality import LeastSquares, residual
 
 # optimizer, its options, and the state entry that is divided by D in a step (None: the gradient itself)
@@ -267,3 +269,40 @@ def test_bad_input_is_refused():
     ):
         mine.load_state_dict(other.state_dict() | {"param_groups": mine.state_dict()["param_groups"]})
     assert not mine.state
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (3, 70_000), (12, 3, 3, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("case", ["near", "far", "wide", "zeros", "halves", "not finite", "transposed"])
+def test_the_path_on_cpu_agrees_with_the_reference(shape, case):
+    """In float32 rows outside are solved apart, in place: same answer, and no other row is touched."""
+    torch.manual_seed(0)
+    norms = torch.rand(shape[0]) * (2e4 if case == "far" else 3)
+    y = torch.nn.functional.normalize(torch.randn(shape).flatten(1), dim=1) * norms[:, None]
+    y = y.reshape(shape)
+    v = 10.0 ** torch.empty(shape).uniform_(-30 if case == "wide" else -8, 4)
+    if case == "zeros":
+        v = v * (torch.rand(shape) > 0.5)
+    if case == "not finite":
+        y[0, 0] = torch.inf
+        v[1, 0] = torch.inf
+        v[2, 0] = torch.nan
+    if case == "halves":
+        y = y.half()
+    p, d = torch.nn.Parameter(y.clone()), v.sqrt() + 1e-8
+    if case == "transposed":
+        p.data = p.data.transpose(0, 1).contiguous().transpose(0, 1)
+    with torch.no_grad():
+        project_(p, MaxNorm(1.0), None, lambda p, pick=None: pick(d) if pick else d)
+    expected = metrics.project_ball(y, d, 1.0, tuple(range(1, y.ndim)), xp)
+    true = p.detach().double().flatten(1).norm(dim=1)
+    assert (true[true.isfinite()] <= 1).all()
+    before = y.double().flatten(1).norm(dim=1)
+    assert torch.equal(p[before < 1 - 1e-2], y[before < 1 - 1e-2])
+    # An entry far cheaper than the rest is known less well than the norm: the norm hardly depends on it.
+    room = 1e-3 if case == "halves" else 2e-5
+    assert torch.allclose(p.detach().float(), expected.float(), rtol=0, atol=room, equal_nan=True)
+    outside = (before > 1) & before.isfinite() & d.flatten(1).isfinite().all(1)
+    if case != "halves":
+        assert (true[outside] >= 1 - 1e-5).all()
+        error, _ = residual(p.detach().flatten(1)[outside], y.flatten(1)[outside], d.flatten(1)[outside])
+        assert (error <= 1e-6).all()
