@@ -2,9 +2,9 @@
 
 The activations are those of the transformer that `hyperball_lm.py` trained (run that first). An autoencoder writes each
 as a sparse sum of dictionary vectors, the columns of its decoder. Without a bound on their norm it would cheat the
-sparsity penalty, by large dictionary vectors and small codes; so they get norm 1 after every step. Then most of the
-gradient's radial part is wasted, and Adam's moments remember it: `gradient="tangent"` removes it first (Bricken et al.
-2023, "Towards Monosemanticity"). Three ways are compared: no norm, unit norm, unit norm with tangent gradients.
+sparsity penalty, by large dictionary vectors and small codes; so they get norm 1 after every step. That undoes the
+radial part of the gradient, but Adam's moments remember it: `gradient="tangent"` removes it first (Bricken et al. 2023,
+"Towards Monosemanticity"). Three ways are compared: no norm, unit norm, unit norm with tangent gradients.
 
     python examples/sae.py
 """
@@ -109,7 +109,7 @@ def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=2000)
+    options.add_argument("--steps", type=int, default=1500)
     options.add_argument("--sparsity", type=float, default=0.3)
     options.add_argument("--width", type=int, default=128)
     options.add_argument("--out", type=Path, default=Path("out/sae"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from projgd.axes import Split
 from projgd.config import from_config
-from projgd.constraints import Constraint, MaxNorm, NonNegative, Sphere, UnitNorm
+from projgd.constraints import Box, Constraint, MaxNorm, NonNegative, Sphere, UnitNorm
 from projgd.report import report
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
@@ -24,6 +24,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Box",
     "Constraint",
     "MaxNorm",
     "MaxUpdate",

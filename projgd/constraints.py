@@ -263,6 +263,35 @@ class NonNegative(Constraint):
         return xp.where(x < 0, -x, xp.where(xp.isnan(x), x, xp.zeros_like(x)))
 
 
+@dataclass(frozen=True)
+class Box(Constraint):
+    """Every entry lies from `low` to `high`: w ← min(max(w, low), high), the weight clipping of Wasserstein GANs.
+
+    (Arjovsky, Chintala, Bottou 2017, arXiv 1701.07875, algorithm 1.)
+
+    >>> import numpy as np
+    >>> Box(-0.5, 0.5).project(np.asarray([[1.0, 0.25]]))
+    array([[0.5 , 0.25]])
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"low={self.low} and high={self.high} must be finite, and low the smaller")
+
+    def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+        return projections.project_box(x, self.low, self.high, xp)
+
+    def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+        xp = xp or array_namespace(x)
+        within = xp.where(xp.isnan(x), x, xp.zeros_like(x))
+        return xp.where(x < self.low, self.low - x, xp.where(x > self.high, x - self.high, within))
+
+
 def positive(name: str, value: Scalar) -> Scalar:
     """`value` as a float if it can be read and is positive and finite; a traced array as it is.
 

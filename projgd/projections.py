@@ -109,6 +109,22 @@ def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
     return xp.where(x < 0, xp.zeros_like(x), x)
 
 
+def project_box(x: Array, low: float, high: float, xp: ModuleType | None = None) -> Array:
+    """Nearest point with every entry from `low` to `high`. NaN stays NaN.
+
+    Each bound is first moved inward by a unit of the dtype, so that rounding to it cannot end outside.
+
+    >>> import numpy as np
+    >>> project_box(np.asarray([-3.0, 0.5, 2.0]), -1.0, 1.0)
+    array([-1. ,  0.5,  1. ])
+    """
+    xp = xp or array_namespace(x)
+    kind = float_type(x)
+    least = xp.full_like(x, low + (abs(low) * kind.unit + kind.tiny if low else 0.0))
+    most = xp.full_like(x, high - (abs(high) * kind.unit + kind.tiny if high else 0.0))
+    return xp.where(x < least, least, xp.where(x > most, most, x))
+
+
 # ------------------------------------------------------------------------------------------------------ norms, guards
 
 

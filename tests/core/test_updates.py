@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from projgd import (
+    Box,
     MaxNorm,
     MaxUpdate,
     RadialBrake,
@@ -170,7 +171,7 @@ def test_biases_are_left_to_the_inner_optimizer():
 @pytest.mark.parametrize(
     "thing",
     [RelativeUpdate(), TangentUpdate("fan_in"), RadialBrake(0.1, 0.2, (0, 1)), MaxUpdate(0.1, 0.01, Split(0, 2, (1,))),
-     Sphere("initial", None), Sphere(2.0, "matrix"), UnitNorm(0)],
+     Sphere("initial", None), Sphere(2.0, "matrix"), UnitNorm(0), Box(-1, 2)],
 )  # fmt: skip
 def test_configurations_survive_json(thing):
     assert from_config(json.loads(json.dumps(thing.config()))) == thing
@@ -225,3 +226,24 @@ def test_unit_norm_is_the_sphere_of_radius_one():
     assert (UnitNorm().project(x) == Sphere(1.0).project(x)).all()
     assert repr(UnitNorm()) == "UnitNorm(axis='fan_in')"
     assert not isinstance(MaxNorm(1.0), Sphere)
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 3), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_box_is_held_exactly_and_tight(dtype, low, width, seed):
+    box = Box(low, low + width)
+    x = torch.as_tensor(np.random.default_rng(seed).normal(size=50) * 3).to(getattr(torch, dtype))
+    got, t = box.project(x), {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[dtype]
+    assert ((got.double() >= box.low) & (got.double() <= box.high)).all()
+    nearest = x.double().clamp(box.low, box.high)
+    assert ((got.double() - nearest).abs() <= t * max(abs(box.low), abs(box.high))).all()
+    assert (box.project(got) == got).all()
+    assert (box.violation(got) == 0).all()
+
+
+def test_a_box_keeps_nan_and_refuses_nonsense():
+    assert np.isnan(Box(0, 1).project(np.asarray([np.nan, 2.0]))[0])
+    for low, high in [(1, 0), (1, 1), (0, math.inf), (math.nan, 1)]:
+        with pytest.raises(ValueError, match="must be finite, and low the smaller"):
+            Box(low, high)
