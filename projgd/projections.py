@@ -120,8 +120,8 @@ def project_box(x: Array, low: float, high: float, xp: ModuleType | None = None)
     """
     xp = xp or array_namespace(x)
     kind = float_type(x)
-    least = xp.full_like(x, low + (abs(low) * kind.unit + kind.tiny if low else 0.0))
-    most = xp.full_like(x, high - (abs(high) * kind.unit + kind.tiny if high else 0.0))
+    least = xp.full_like(x, low + (abs(low) * kind.unit + 2 * kind.tiny if low else 0.0))
+    most = xp.full_like(x, high - (abs(high) * kind.unit + 2 * kind.tiny if high else 0.0))
     return xp.where(x < least, least, xp.where(x > most, most, x))
 
 
