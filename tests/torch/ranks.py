@@ -257,6 +257,24 @@ def check_shaped_updates(ranks, folder):
         ProjectedAdam([p], constraint=Sphere("initial"))
 
 
+def check_mixed_precision(**_):
+    """A step that GradScaler skips leaves weights outside where they are."""
+    for fused in (False, True):
+        for options in ({}, {"shard_placement_fn": lambda p: Shard(p.ndim - 1)}):
+            net = fully_shard(Net(), **options)
+            optimizer = ProjectedAdam(net.parameters(), lr=0.05, c=0.1, fused=fused)
+            scaler = torch.amp.GradScaler("cpu")
+            for overflow in (True, False):
+                before = [whole(p).clone() for p in net.parameters()]
+                optimizer.zero_grad()
+                scaler.scale(net(batch(0)).square().mean() * (torch.inf if overflow else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                unmoved = all(torch.equal(a, whole(p)) for a, p in zip(before, net.parameters(), strict=True))
+                assert unmoved is overflow
+                assert (longest(net) <= 0.1) is not overflow
+
+
 def check_zero_redundancy(ranks, **_):
     each = 16 // ranks
     mine = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
