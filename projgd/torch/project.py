@@ -60,6 +60,8 @@ def project_params(
         elif initial and p in initial:
             sharded.project([p], constraint.bind(initial[p].reshape(-1)), skip)
         elif sharded.crossed(p, constraint):
+            # Once more: it may have been sharded after the optimizer was made.
+            sharded.check_spread(p, constraint, "euclidean" if metric is None else "adaptive", "a parameter")
             spread.append(p)
         elif p.to_local().numel():
             project_(p.to_local(), constraint, skip, metric and _of_shard(p, metric))

@@ -36,15 +36,16 @@ def check(p: DTensor, constraint: Constraint, metric: str, name: str) -> None:
     if any(placement.is_partial() for placement in p.placements):
         raise ValueError(f"{name} is a DTensor with the placements {p.placements}: a sum that is not taken yet")
     if crossed(p, constraint):
-        _refuse_whole(p, constraint, name)
-    if crossed(p, constraint) and metric != "euclidean":
+        check_spread(p, constraint, metric, name)
+
+
+def check_spread(p: DTensor, constraint: Constraint, metric: str, name: str) -> None:
+    """Raise ValueError for what is not known where vectors are spread over ranks."""
+    if metric != "euclidean":
         raise ValueError(
             f"{name} is sharded with {p.placements} across its vectors, where metric={metric!r} is not known: "
             'pass metric="euclidean", or shard another dimension'
         )
-
-
-def _refuse_whole(p: DTensor, constraint: Constraint, name: str) -> None:
     if type(constraint).rescale is Constraint.rescale:
         raise ValueError(
             f"{name} is sharded with {p.placements} across its vectors, and {constraint} needs each of them whole: "
@@ -72,8 +73,6 @@ def crossed(p: DTensor, constraint: Constraint) -> tuple[int, ...]:
 def project(params: list[DTensor], constraint: Constraint, skip: torch.Tensor | None = None) -> None:
     """Project parameters whose vectors are spread, in place; not where `skip` is positive."""
     by_mesh: dict[object, list[Part]] = {}
-    for p in params:
-        _refuse_whole(p, constraint, "a parameter")  # once more: it may have been sharded after it was checked
     for p in params:
         part = part_of(p, constraint)
         by_mesh.setdefault((p.device_mesh, part.over, p.dtype == torch.float64), []).append(part)

@@ -177,6 +177,37 @@ def test_compiled_step_is_one_graph(made):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)  # compiled, Adam takes its capturable form
 
 
+@pytest.mark.parametrize("made", [ProjectedSGD, ProjectedAdam], ids=lambda cls: cls.__name__)
+def test_a_whole_training_step_is_one_graph(made):
+    """Forward, backward, optimizer and projection; the gradients go into tensors that stay, as torch wants it."""
+    options = {"lr": torch.tensor(0.1)} if made is ProjectedAdam else {"lr": 0.1, "momentum": 0.9}
+
+    def trained(compiled):
+        net = network()
+        params = list(net.parameters())
+        optimizer = made(params, c=C, **options)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+
+        def step(x, y):
+            loss = torch.nn.functional.cross_entropy(net(x), y)
+            for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+                p.grad.copy_(g)
+            optimizer.step()
+            return loss.detach()
+
+        if compiled:
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for k in range(4):
+            step(*batch(k))
+            assert longest(net) <= C
+        return net
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for p, q in zip(trained(False).parameters(), trained(True).parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"maximize": True}], ids=str
 )
