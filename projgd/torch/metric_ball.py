@@ -7,6 +7,10 @@ chunk of rows in which that could over- or underflow goes to the reference.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import cast
+
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
@@ -16,8 +20,8 @@ from projgd.axes import Vectors
 from projgd.torch import ball
 from projgd.torch.metrics import Metric
 
-CHUNK = 2**15
-"""Entries that are worked on at a time: with the temporaries they fit into a core's second-level cache."""
+CHUNK = 30_000
+"""Entries worked on at a time: in a core's second-level cache with the temporaries, and too few for torch to spread."""
 
 _norm = torch.linalg.vector_norm
 
@@ -54,14 +58,18 @@ def project_ball_(p: Tensor, c: float, vectors: Vectors, metric: Metric) -> bool
 def _solve(y: Tensor, d: Tensor, radius: float) -> Tensor | None:
     """The rows of norm `radius` nearest to y in the metric d; None where it needs the reference. Uses `d` up."""
     d = d / d.amax(1, keepdim=True)
-    if not bool((d >= 2.0**-80).all()):  # a NaN, too
+    if not d.amin().item() >= 2.0**-80:  # a NaN, too
         return None
+    close = 1 - ball.ball_limits(torch.float32, Vectors(tuple(y.shape), (1,)), 1.0).threshold
+    if (kernel := _kernel()) is not None:
+        out = torch.empty_like(y)
+        kernel(y.detach().numpy(), d.numpy(), out.numpy(), radius, close, metrics.STEPS)
+        return out
     u = torch.mul(y, d).div_(radius)
     low = torch.sub(u.abs(), d).amax(1, keepdim=True)
     high = _norm(u, dim=1, keepdim=True)
     nu = torch.maximum(low, high - 1).clamp_(min=0)
     h, inverse = torch.empty_like(u), torch.empty_like(u)
-    close = ball.ball_limits(torch.float32, Vectors(tuple(y.shape), (1,)), 1.0).threshold
     for _ in range(metrics.STEPS):
         torch.add(d, nu, out=inverse).reciprocal_()
         torch.mul(u, inverse, out=h)
@@ -69,6 +77,16 @@ def _solve(y: Tensor, d: Tensor, radius: float) -> Tensor | None:
         excess = norm - 1
         slope = torch.linalg.vecdot(h, inverse.mul_(h)).unsqueeze(1)
         nu = torch.clamp(nu + excess * norm.square() / slope, min=torch.zeros_like(nu), max=high)
-        if float(excess.abs().max()) <= 1 - close:
+        if float(excess.abs().max()) <= close:
             break
     return torch.div(u, d.add_(nu), out=h).mul_(radius)
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """The compiled loop, where numba is installed (`pip install projgd[fast]`)."""
+    try:
+        from projgd.torch.metric_kernel import solve
+    except ImportError:
+        return None
+    return cast("Callable[..., None]", solve)

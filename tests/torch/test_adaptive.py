@@ -9,7 +9,15 @@ import torch
 
 from projgd import MaxNorm, NonNegative, Sphere, UnitNorm, metrics
 from projgd.constraints import Constraint
-from projgd.torch import ProjectedAdagrad, ProjectedAdam, ProjectedRMSprop, ProjectedSGD, projected, register_metric
+from projgd.torch import (
+    ProjectedAdagrad,
+    ProjectedAdam,
+    ProjectedRMSprop,
+    ProjectedSGD,
+    metric_ball,
+    projected,
+    register_metric,
+)
 from projgd.torch.project import project_
 from tests.optimality import LeastSquares, residual
 
@@ -273,8 +281,11 @@ def test_bad_input_is_refused():
 
 @pytest.mark.parametrize("shape", [(40, 30), (3, 70_000), (12, 3, 3, 3), (5, 1)], ids=str)
 @pytest.mark.parametrize("case", ["near", "far", "wide", "zeros", "halves", "not finite", "transposed"])
-def test_the_path_on_cpu_agrees_with_the_reference(shape, case):
+@pytest.mark.parametrize("compiled", [True, False], ids=["numba", "torch"])
+def test_the_path_on_cpu_agrees_with_the_reference(shape, case, compiled, monkeypatch):
     """In float32 rows outside are solved apart, in place: same answer, and no other row is touched."""
+    if not compiled:
+        monkeypatch.setattr(metric_ball, "_kernel", lambda: None)
     torch.manual_seed(0)
     norms = torch.rand(shape[0]) * (2e4 if case == "far" else 3)
     y = torch.nn.functional.normalize(torch.randn(shape).flatten(1), dim=1) * norms[:, None]
