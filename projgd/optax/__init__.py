@@ -1,6 +1,7 @@
 """Projections, and shapings of the update before them, as optax gradient transformations."""
 
 from projgd.optax.adaptive import ProjectedState, projected
+from projgd.optax.last import check_last
 from projgd.optax.projection import ProjectionState, apply_updates, maxnorm_projection, project, projection
 from projgd.optax.shaping import ShapingState, hyperball, max_update, radial_brake, relative_update, tangent_update
 
@@ -9,6 +10,7 @@ __all__ = [
     "ProjectionState",
     "ShapingState",
     "apply_updates",
+    "check_last",
     "hyperball",
     "max_update",
     "maxnorm_projection",

@@ -1,0 +1,61 @@
+"""Whether an optimizer keeps a projection's promise, found out by trying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from projgd.optax.layouts import absent
+from projgd.optax.placement import Constraints, place
+from projgd.optax.projection import project
+
+
+def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3) -> None:
+    """Raise if `optax.apply_updates` with the updates of `tx` does not land in the set.
+
+    A transformation cannot see what comes after it in a chain. So this takes a few steps that press outwards from the
+    boundary, on copies: for a test, or once before a long run.
+
+    Args:
+        tx: the whole optimizer, for instance `optax.chain(optax.adam(1e-3), projection(constraint))`.
+        params: the parameters, or others of their structure and shapes.
+        constraint: what `tx` is expected to keep.
+        steps: how many updates to try.
+
+    Raises:
+        ValueError: a parameter ended outside; it is named.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from projgd import MaxNorm
+    >>> from projgd.optax import projection
+    >>> params = {"kernel": jnp.ones((4, 2))}
+    >>> check_last(optax.chain(optax.adam(0.1), projection(MaxNorm(1.0))), params, MaxNorm(1.0))
+    >>> check_last(optax.chain(projection(MaxNorm(1.0)), optax.adam(0.1)), params, MaxNorm(1.0))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: kernel is outside ...
+    """
+    placed = place(constraint, params)
+    outwards = jax.tree.map(
+        lambda p: p if absent(p) else jnp.where(p < 0, -1, 1).astype(p.dtype), params, is_leaf=absent
+    )
+    weights = project(jax.tree.map(lambda p, o: p + o, params, outwards), constraint)
+    state = tx.init(weights)
+    pressing = jax.tree.map(jnp.negative, outwards)
+    for step in range(steps):
+        updates, state = tx.update(pressing, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        for asked, w in zip(placed, jax.tree.leaves(weights, is_leaf=absent), strict=True):
+            if asked is None:
+                continue
+            x = w.reshape(asked.vectors.shape)
+            moved = asked.constraint.onto(x, asked.vectors.axes, jnp)
+            if not np.array_equal(moved, x, equal_nan=True):
+                far = float(jnp.max(asked.constraint.outside(x, asked.vectors.axes, jnp)))
+                raise ValueError(
+                    f"{asked.name} is outside {asked.constraint} by {far:.2g} after step {step + 1}: put the "
+                    "projection last in the chain, outside of wrappers that change its update"
+                )
