@@ -107,19 +107,24 @@ def _project(parts: list[Part], constraint: Constraint, skip: torch.Tensor | Non
     else:
         largest = [torch.ones(q.rows, dtype=torch.float64, device=q.local.device) for q in parts]
     scales = [torch.where(torch.isfinite(r) & (r > 0), r, 1.0)[q.row] for q, r in zip(parts, largest, strict=True)]
-    scaled = [q.local / s if divided else q.local.double() for q, s in zip(parts, scales, strict=True)]
-    sums = shared([collected(q, z * z, "sum") for q, z in zip(parts, scaled, strict=True)], parts[0], "SUM")
+
+    def scaled(part: Part, scale: torch.Tensor) -> torch.Tensor:  # twice, rather than keep that of all parameters
+        return part.local / scale if divided else part.local.double()
+
+    squares = [collected(q, scaled(q, s).square_(), "sum") for q, s in zip(parts, scales, strict=True)]
+    sums = shared(squares, parts[0], "SUM")
     ranks = math.prod(parts[0].p.device_mesh.size(i) for i in parts[0].over)
-    for part, z, r, total in zip(parts, scaled, largest, sums, strict=True):
+    for part, scale, r, total in zip(parts, scales, largest, sums, strict=True):
         z_norm = total.sqrt() * (1 + ranks * 2.0**-54)  # what adding up over the ranks may have lost
         kind = projections.float_type(part.local)
         # An entry that is not finite shows in the sum where it has not in the largest entry.
         rescaled = constraint.rescale(z_norm, torch.where(torch.isfinite(total), r, total), kind, part.vectors, xp)
-        assert rescaled is not None  # `check` has seen to it
+        assert rescaled is not None  # `check_spread` has seen to it
         moved, factor = rescaled
         if skip is not None:
             moved = moved & ~(skip.to(moved.device) > 0)
-        part.local.copy_(torch.where(moved[part.row], (z * factor[part.row]).to(part.local.dtype), part.local))
+        y = scaled(part, scale).mul_(factor[part.row]).to(part.local.dtype)
+        part.local.copy_(torch.where(moved[part.row], y, part.local))
 
 
 def collected(part: Part, x: torch.Tensor, how: Literal["sum", "amax"]) -> torch.Tensor:
