@@ -20,7 +20,7 @@ from projgd import metrics
 from projgd.optax.landing import add
 from projgd.optax.layouts import absent
 from projgd.optax.placement import Constraints, Placed, place
-from projgd.optax.projection import _difference, projection, zip_leaves
+from projgd.optax.projection import ProjectionState, _difference, bound, projection, zip_leaves
 
 Diagonal = Callable[[Any, Any], Any]
 """`(state after the step, parameters) -> D`, a tree like the parameters: for an optimizer that is not known here."""
@@ -56,10 +56,10 @@ RECIPES = {
 
 
 class ProjectedState(NamedTuple):
-    """State of `projected(..., metric="adaptive")`: the optimizer's own, and the number of updates for schedules."""
+    """State of `projected(..., metric="adaptive")`: the optimizer's own, and the projection's."""
 
     inner: Any
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax's own states
+    projection: ProjectionState
 
 
 def projected(
@@ -110,20 +110,21 @@ def projected(
 
     def init(params: Any) -> ProjectedState:
         state = inner.init(params)
-        count = last.init(params).count
-        placed = place(at(count), params)
+        projecting = last.init(params)
+        placed = place(at(projecting.count), params)
         for asked in placed:
             if asked:
                 asked.constraint.check_metric("adaptive")
         if not callable(metric):
             _check_found(state, params, placed)
-        return ProjectedState(state, count)
+        return ProjectedState(state, projecting)
 
     def update(updates: Any, state: ProjectedState, params: Any = None, **extra: Any) -> tuple[Any, ProjectedState]:
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
         moved, after = inner.update(updates, state.inner, params, **extra)
-        placed = place(at(state.count), params)
+        projecting = state.projection
+        placed = bound(place(at(projecting.count), params), params, projecting)
         outside = []
 
         def look(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
@@ -143,7 +144,8 @@ def projected(
         free = zip_leaves(look, moved, params, placed)
         if outside:  # what the Euclidean projection leaves alone is in the set, in whatever metric
             free = jax.lax.cond(jnp.any(jnp.stack(outside)), in_metric, lambda: free)
-        return free, ProjectedState(after, optax.safe_increment(state.count))
+        projecting = projecting._replace(count=optax.safe_increment(projecting.count))
+        return free, ProjectedState(after, projecting)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -99,10 +99,7 @@ def projection(
         del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        placed = place(at(state.count), params, split_over)
-        if state.initial is not None:
-            initial = _structure(params).flatten_up_to(state.initial)
-            placed = [_bound(asked, i) for asked, i in zip(placed, initial, strict=True)]
+        placed = bound(place(at(state.count), params, split_over), params, state)
         projected = zip_leaves(_project_update, updates, params, placed)
         return projected, ProjectionState(optax.safe_increment(state.count), state.initial)
 
@@ -165,6 +162,14 @@ def _land_all(params: Any, placed: list[Placed | None], f: Callable[[jax.Array, 
 def _initial(p: Any, asked: Placed) -> jax.Array | None:
     x = jnp.asarray(p).reshape(asked.vectors.shape)
     return asked.constraint.initial(x, asked.vectors.axes, asked.name, jnp)
+
+
+def bound(placed: list[Placed | None], params: Any, state: ProjectionState) -> list[Placed | None]:
+    """`placed`, with what the sets took from the initial weights."""
+    if state.initial is None:
+        return placed
+    initial = _structure(params).flatten_up_to(state.initial)
+    return [_bound(asked, i) for asked, i in zip(placed, initial, strict=True)]
 
 
 def _bound(asked: Placed | None, initial: jax.Array | None) -> Placed | None:

@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 
-from projgd import MaxNorm, UnitNorm
+from projgd import MaxNorm, Sphere, UnitNorm
 from projgd.constraints import Constraint
 from projgd.optax import projected
 from projgd.torch import ProjectedAdam
@@ -216,6 +216,10 @@ def test_spheres_and_nothing_binding():
     tx = projected(optax.adam(0.3), {"k": UnitNorm()}, metric="adaptive")
     updates, _ = tx.update(grads, tx.init(params), params)
     assert jnp.allclose(jnp.linalg.norm(optax.apply_updates(params, updates)["k"], axis=0), 1, rtol=1e-5)
+    tx = projected(optax.adam(0.3), {"k": Sphere("initial")}, metric="adaptive")
+    updates, _ = tx.update(grads, tx.init(params), params)
+    norms = [jnp.linalg.norm(p["k"], axis=0) for p in (params, optax.apply_updates(params, updates))]
+    assert jnp.allclose(*norms, rtol=1e-5)
     tx, stock = projected(optax.adam(0.3), {"k": MaxNorm(1e6)}, metric="adaptive"), optax.adam(0.3)
     ours, _ = tx.update(grads, tx.init(params), params)
     theirs, _ = stock.update(grads, stock.init(params), params)
