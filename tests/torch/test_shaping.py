@@ -396,3 +396,27 @@ def test_a_shaping_goes_with_any_set():
     opt = projected(torch.optim.Adam)([q], lr=0.1, constraint=NonNegative(), update=RelativeUpdate())
     run(opt, q, gradients(20))
     assert (q >= 0).all()
+
+
+def test_the_norm_is_held_over_100000_steps():
+    """bfloat16 and float32; beside them, the drift where the radius is read from the weights at every step."""
+    steps, shape = 100_000, (16, 8)
+    grads = gradients(64, shape)
+    params = [start(shape=shape), start(shape=shape, dtype=torch.bfloat16)]
+    opt = hyperball(torch.optim.SGD)(params, lr=0.03)
+    radii = [norm(p.detach().double()) for p in params]
+    w = params[1].detach().clone()
+    for t in range(steps):
+        for p in params:
+            p.grad = grads[t % 64].to(p.dtype)
+        opt.step()
+        if t % 10 == 0:  # a tenth of the steps is enough to see it drift
+            g, r = grads[t // 10 % 64].bfloat16(), w.norm()
+            v = w - 0.03 * r * (g / g.norm())
+            w = r * (v / v.norm())
+    off = [norm(p.detach().double()) / r - 1 for p, r in zip(params, radii, strict=True)]
+    drift = norm(w.double()) / radii[1] - 1
+    print(f"held to {off[0]:.1e} in float32, {off[1]:.1e} in bfloat16; radius read again: {drift:.1e} in {steps // 10}")
+    assert abs(off[0]) <= 1e-6
+    assert abs(off[1]) <= 1e-2
+    assert abs(drift) > 2 * abs(off[1])
