@@ -39,8 +39,8 @@ OUT_FIRST = (
 def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_options: Any) -> list[dict[str, Any]]:
     """Param groups of a projected optimizer, with the axes that each layer's own arithmetic asks for.
 
-    They are for `projected(…)` classes: any other optimizer takes them and ignores the constraint in them, as torch does
-    with all keys that it does not know.
+    They are for `projected(…)` classes: any other optimizer takes them and ignores the constraint in them, as torch
+    does with all keys that it does not know.
 
     Args:
         model: any module.
