@@ -135,7 +135,7 @@ def _nearest(
     lightest = xp.min(b, axis=axes, keepdims=True)
     b = b - lightest
     heaviest = xp.max(b, axis=axes, keepdims=True)
-    u_norm = projections._root(projections._sum(u * u, axes, xp), xp)
+    u_norm = projections._root(projections.tree_sum(u * u, axes, xp), xp)
     low = xp.max(size - b, axis=axes, keepdims=True)
     low = xp.maximum(low, u_norm - heaviest)
     low = xp.maximum(low, xp.where(longer, lightest, xp.zeros_like(lightest)))
@@ -147,8 +147,8 @@ def _nearest(
         below = b + nu
         scale = xp.sqrt(nu) * xp.sqrt(heaviest + nu)
         h = u / below
-        square = projections._sum(h * h, axes, xp)
-        slope = projections._sum(h * h * (scale / below), axes, xp)
+        square = projections.tree_sum(h * h, axes, xp)
+        slope = projections.tree_sum(h * h * (scale / below), axes, xp)
         excess = projections._root(square, xp) - 1
         step = excess * (square / xp.where(slope > 0, slope, xp.ones_like(slope))) * scale
         done = xp.all(xp.abs(excess) <= close)
@@ -156,7 +156,7 @@ def _nearest(
 
     nu = repeat(newton, low)
     h = u / (b + nu)
-    missing = 1 - projections._sum(h * h, axes, xp)
+    missing = 1 - projections.tree_sum(h * h, axes, xp)
     free = b == 0  # the smallest D: where these are 0 in y, no λ > -min D reaches the radius
     count = xp.sum(xp.astype(free, h.dtype), axis=axes, keepdims=True)
     filled = xp.sqrt(h * h + xp.where(missing > 0, missing, xp.zeros_like(missing)) / count)

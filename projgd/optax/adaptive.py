@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from projgd import metrics
-from projgd.optax.landing import add
+from projgd.optax.landing import add, as_stored, rounded
 from projgd.optax.layouts import absent
 from projgd.optax.placement import Constraints, Placed, place
 from projgd.optax.projection import ProjectionState, _difference, bound, projection, zip_leaves
@@ -128,6 +128,7 @@ def projected(
         outside = []
 
         def look(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
+            u = as_stored(u)
             landing = add(p, u).reshape(asked.vectors.shape)
             plain = asked.constraint.onto(landing, asked.vectors.axes, jnp)
             outside.append(jnp.any((plain != landing) & ~jnp.isnan(landing)))
@@ -153,9 +154,11 @@ def projected(
 def _project_update(u: jax.Array, p: jax.Array, asked: Placed, metric: jax.Array) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u in the metric."""
     shape, axes = asked.vectors.shape, asked.vectors.axes
+    u = as_stored(u)
     landing = add(p, u)
     d = jnp.broadcast_to(metric, p.shape).reshape(shape)
-    q = asked.constraint.onto_in(d, landing.reshape(shape), axes, jnp, _loop).reshape(p.shape)
+    q = asked.constraint.onto_in(d, landing.reshape(shape), axes, jnp, _loop)
+    q = rounded(q.reshape(p.shape))
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))
     return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
 

@@ -22,6 +22,8 @@ from projgd import projections
 from projgd.constraints import MaxNorm
 from projgd.optax.placement import Placed
 
+finfo: Any = jnp.finfo  # has no types
+
 # By dtype: the squares of numbers 2^-FAR as large never overflow; a norm that overflows when squared is divided by
 # 2^NEAR first; and the two sums leave no gap between them for a c within 2^-RANGE and 2^RANGE.
 FAR, NEAR, RANGE = {"float32": 76, "float64": 560}, {"float32": 64, "float64": 512}, {"float32": 40, "float64": 300}
@@ -77,4 +79,26 @@ def _total(squares: jax.Array, asked: Placed) -> jax.Array:
 
 def add(p: Any, u: Any) -> jax.Array:
     """p + u as `optax.apply_updates` computes and rounds it."""
-    return jnp.asarray(p + u).astype(jnp.asarray(p).dtype)
+    return rounded(jnp.asarray(p + u).astype(jnp.asarray(p).dtype))
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """`x` rounded to its dtype now: inside `jit`, XLA may carry a bfloat16 or float16 on as a float32."""
+    if x.dtype.itemsize > 2:
+        return x
+    kind = finfo(x.dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
+def as_stored(u: jax.Array) -> jax.Array:
+    """An update as it is when it is stored, even if it is a product.
+
+    Inside `jit`, XLA may round -lr * g and p + (-lr * g) at once (a fused multiply-add): then p + u here and p + u in
+    `optax.apply_updates` differ. A choice between two numbers, of which the compiler cannot know that they are equal,
+    stands between; barriers and precision hints are dropped too early.
+    """
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        return u
+    u = rounded(u)
+    largest = finfo(u.dtype).max
+    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))

@@ -12,7 +12,7 @@ import optax
 
 from projgd.axes import Axis, Split
 from projgd.constraints import MaxNorm, positive
-from projgd.optax.landing import add, land
+from projgd.optax.landing import add, as_stored, land, rounded
 from projgd.optax.layouts import absent
 from projgd.optax.placement import Constraints, Placed, SplitOver, check, place
 
@@ -214,8 +214,9 @@ def _is_axis(axis: Any) -> bool:
 
 def _project_update(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
+    u = as_stored(u)
     landing = add(p, u)
-    q = land(landing, asked)
+    q = rounded(land(landing, asked))
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))
     return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
 
@@ -226,7 +227,7 @@ def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
     q - p rounds, and p + (q - p) rounds again; where that ends beyond q, one step back is enough, or -p, which ends
     at 0.
     """
-    u = q.astype(dtype) - p.astype(dtype)
+    u = rounded(q.astype(dtype) - p.astype(dtype))
     inward = jnp.where(q > 0, -jnp.inf, jnp.inf).astype(dtype)
     for nearer in (jnp.nextafter(u, inward), -p.astype(dtype)):
         u = jnp.where(jnp.abs(add(p, u)) > jnp.abs(q), nearer, u)

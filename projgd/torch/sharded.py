@@ -133,7 +133,7 @@ def collected(part: Part, x: torch.Tensor, how: Literal["sum", "amax"]) -> torch
     if x.numel() == 0:
         return found
     if part.dims:
-        x = projections._sum(x, part.dims, xp) if how == "sum" else x.amax(part.dims, keepdim=True)
+        x = projections.tree_sum(x, part.dims, xp) if how == "sum" else x.amax(part.dims, keepdim=True)
     return found.scatter_reduce_(0, part.row.expand(x.shape).reshape(-1), x.reshape(-1).double(), how)
 
 

@@ -1,0 +1,210 @@
+"""The contract of MaxNorm on the reference path, for NumPy, PyTorch and JAX arrays, judged in exact arithmetic."""
+
+import math
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from projgd import MaxNorm, projections
+
+TIGHT = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+NUMPY = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+LARGEST = {"float64": 1e300, "float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
+BITS = {8: np.uint64, 4: np.uint32, 2: np.uint16}
+
+
+def exact_norms(w):
+    """‖w‖₂ of the columns: squares and sums in extended precision, with a range where nothing overflows."""
+    w = np.asarray(w, np.float64).astype(np.longdouble)
+    return np.sqrt((w * w).sum(0))
+
+
+def bits(w):
+    w = np.ascontiguousarray(w)
+    return w.view(BITS[w.dtype.itemsize])
+
+
+def on_numpy(w, c):
+    return MaxNorm(c, axis=0).project(w)
+
+
+def on_torch(w, c):
+    dtype = getattr(torch, w.dtype.name)
+    x = torch.from_numpy(bits(w).view(f"int{8 * w.itemsize}").copy()).view(dtype)
+    q = MaxNorm(c, axis=0).project(x)
+    assert q.dtype == dtype
+    assert q.shape == x.shape
+    return q.contiguous().view(getattr(torch, f"int{8 * w.itemsize}")).numpy().view(w.dtype)
+
+
+def on_jax(w, c):
+    with jax.enable_x64(w.dtype == np.float64):
+        q = MaxNorm(c, axis=0).project(jnp.asarray(w))
+        assert q.dtype == w.dtype
+        return np.asarray(q)
+
+
+def on_jax_jitted(w, c):
+    with jax.enable_x64(w.dtype == np.float64):
+        return np.asarray(jax.jit(MaxNorm(c, axis=0).project)(jnp.asarray(w)))
+
+
+PATHS = [on_numpy, on_torch, on_jax, on_jax_jitted]
+
+
+def check(project, w, c):
+    """Properties 1 to 6 for the columns of `w`."""
+    name = w.dtype.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing overflows on the way either
+        q = project(w, c)
+        again = project(q, c)
+    finite = np.isfinite(np.asarray(w, np.float64)).all(0)
+    assert (bits(q)[:, ~finite] == bits(w)[:, ~finite]).all(), "laundered"
+    w, q, again = w[:, finite], q[:, finite], again[:, finite]
+    before, after = exact_norms(w), exact_norms(q)
+    assert (after <= c).all(), f"held: {after.max()!r} > {c!r}"
+    inside = before <= c * (1 - TIGHT[name])
+    assert (bits(q)[:, inside] == bits(w)[:, inside]).all(), "untouched"
+    assert (bits(again) == bits(q)).all(), "idempotent"
+    outside = before > c
+    coarse = np.sqrt(len(w)) * 2.0**-25 if name == "float16" else 0.0
+    if coarse < 0.02 * c:  # else no float16 is near
+        assert (after[outside] >= c * (1 - TIGHT[name])).all(), f"tight: {(after[outside] / c).min()}"
+        unit_w = np.asarray(w, np.float64)[:, outside] / before[outside]
+        cosine = (unit_w * (np.asarray(q, np.float64)[:, outside] / after[outside])).sum(0)
+        assert (cosine >= 1 - 1e-2).all(), "direction"
+
+
+def columns(seed, n, rows, norms, dtype):
+    w = np.random.default_rng(seed).standard_normal((n, rows))
+    return np.asarray(w / exact_norms(w) * norms, NUMPY[dtype])
+
+
+@pytest.mark.parametrize("project", [on_numpy, on_torch, on_jax_jitted])
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("c", [1e-3, 3.7, 1e4])
+def test_around_the_bound(project, dtype, c):
+    eps = float(projections.FLOATS[dtype].unit)
+    near = [0.0, 1e-3, 0.5, 1 - 3 * TIGHT[dtype], 1 - eps, 1.0, 1 + eps, 1 + 4 * eps, 1.5, 5.0]
+    for n in (1, 333) if project is on_jax_jitted else (1, 2, 7, 64, 333):
+        check(project, columns(n, n, len(near), np.asarray(near) * c, dtype), c)
+
+
+@pytest.mark.parametrize("project", [on_numpy, on_torch, on_jax_jitted])
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_long_vectors(project, dtype):
+    """A million equal entries: what adds them up one after the other is off by thousands of units."""
+    w = np.ones((1_000_000, 3))
+    w[:, 1] = np.random.default_rng(0).standard_normal(len(w))
+    check(project, np.asarray(w * ([1.001, 1.2, 0.9] / exact_norms(w)), NUMPY[dtype]), 1.0)
+
+
+@pytest.mark.parametrize("project", PATHS)
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_any_size(project, dtype):
+    """Huge, subnormal and zero entries, one huge entry among tiny ones, NaN and inf in some columns."""
+    w = np.random.default_rng(1).standard_normal((5, 12))
+    w[:, 0] *= LARGEST[dtype] / np.abs(w[:, 0]).max()
+    w[:, 1] = LARGEST[dtype]
+    w[:, 2] = [LARGEST[dtype], 1e-7, -1e-7, 0.0, -0.0]
+    w[:, 3] = 0.0
+    w[:, 4] = -0.0
+    w[:, 5] = float(np.finfo(np.float32).smallest_subnormal if dtype != "float16" else 6e-8)
+    w[0, 6], w[1, 7], w[2, 8] = np.nan, np.inf, -np.inf
+    w[:, 9] *= 1e20 if dtype in ("float32", "bfloat16") else 1e3
+    w = w.astype(NUMPY[dtype])
+    check(project, w, 4.0)
+    check(project, w[:1], 4.0)
+    q = np.asarray(project(w, 4.0), np.float64)
+    assert abs(q[0, 2]) >= 4.0 * (1 - TIGHT[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_unit_above_and_below(dtype):
+    c = 4.0
+    kind = NUMPY[dtype]
+    above, below = np.nextafter(kind(c), kind(9)), np.nextafter(kind(c), kind(0))
+    w = np.zeros((3, 3), kind)
+    w[1] = [c, above, below]
+    for project in PATHS:
+        check(project, w, c)
+        check(project, w[1:2], c)
+
+
+@given(
+    st.sampled_from(sorted(NUMPY)),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.floats(-3, 4).map(lambda e: 10.0**e),
+    st.data(),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_weights(dtype, n, rows, c, data):
+    largest = min(LARGEST[dtype], 1e38)
+    entry = (
+        st.floats(-largest, largest) | st.floats(-2 * c, 2 * c) | st.sampled_from([0.0, -0.0, np.nan, np.inf, c, -c])
+    )
+    entries = data.draw(st.lists(entry, min_size=n * rows, max_size=n * rows))
+    with np.errstate(over="ignore"):
+        w = np.asarray(entries).reshape(n, rows).astype(NUMPY[dtype])
+    if dtype == "float16" and c < 0.1:
+        c = 0.1
+    for project in (on_numpy, on_torch):
+        check(project, w, c)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_one_answer(dtype):
+    """NumPy, PyTorch and JAX: to 1e-6 in float32, one last place in the short types."""
+    for n in (3, 100, 4608):
+        w = columns(n, n, 40, np.linspace(0.1, 3, 40), dtype)
+        answers = [np.asarray(project(w, 1.0), np.float64) for project in PATHS]
+        room = 1e-6 if dtype == "float32" else 2 * float(projections.FLOATS[dtype].unit)
+        for other in answers[1:]:
+            np.testing.assert_allclose(other, answers[0], rtol=room, atol=1e-12 if dtype != "float16" else 2.0**-24)
+
+
+@pytest.mark.parametrize("like", [np.asarray, torch.as_tensor, jnp.asarray], ids=["numpy", "torch", "jax"])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), (), (5,)])
+def test_empty_and_scalar(like, shape):
+    w = np.full(shape, 9.0, np.float32)
+    got = MaxNorm(4.0, axis=None).project(like(w))
+    assert tuple(got.shape) == shape
+    assert math.prod(shape) == 0 or 4.0 * (1 - 1e-5) <= np.linalg.norm(np.asarray(got, np.float64)) <= 4.0
+    assert (np.asarray(MaxNorm(4.0).project(like(w))) == w).all()  # no fan-in, or nothing in it
+
+
+@pytest.mark.parametrize("like", [np.asarray, torch.as_tensor, jnp.asarray], ids=["numpy", "torch", "jax"])
+def test_violation_shows_what_is_not_finite(like):
+    w = np.asarray([[3.0, np.nan, 1.0, 6.0], [0.5, 1.0, -np.inf, 8.0]], np.float32)
+    shown = np.asarray(MaxNorm(4.0, axis=0).violation(like(w)))
+    np.testing.assert_array_equal(shown, [0.0, np.nan, np.inf, 6.0])
+
+
+def test_the_layouts():
+    """Fan-in is every axis but the first in PyTorch, every axis but the last elsewhere."""
+    w = np.zeros((2, 3), np.float32)
+    w[0] = 3.0
+    assert (np.asarray(MaxNorm(4.0).project(torch.as_tensor(w)))[0] < 3).all()
+    assert (MaxNorm(4.0).project(w) == w).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 63, 128, 1000, 4608, 10**6])
+def test_the_sum_is_as_accurate_as_its_bound(n):
+    """Equal entries make all roundings of a plain sum go one way."""
+    kind = projections.FLOATS["float32"]
+    for value in (0.1, 1 / 3, 0.7):
+        x = np.full((n, 1), value, np.float32)
+        exact = float(np.float32(value)) * math.sqrt(n)
+        bound = projections.norm_error(kind, x.shape, (0,))
+        assert bound <= projections.guard(kind, x.shape, (0,)) <= 36 * 2.0**-24
+        for got in (projections.norm(x, (0,)), jax.jit(lambda x: projections.norm(x, (0,), jnp))(x)):
+            assert abs(float(got[0, 0]) / exact - 1) <= bound
