@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.constraints import Sphere
-from projgd.torch import metrics, settings, shaping
+from projgd.torch import metrics, path, settings, shaping
 from projgd.torch.project import project_group
 from projgd.torch.sparse import MovedRows
 from projgd.updates import RelativeUpdate
@@ -70,6 +70,31 @@ class Projected(Optimizer):
         The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
         every hook runs once, and a post-hook sees the projected weights.
         """
+        fused_step = None if kwargs else path.stepper(self)
+        if fused_step is None:
+            return self._eager_step(closure, **kwargs)
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        with torch.no_grad():
+            if left := fused_step(self):
+                groups, self.param_groups = self.param_groups, left
+                try:
+                    self._eager_step(None)
+                finally:
+                    self.param_groups = groups
+        return loss
+
+    def projection_path(self) -> dict[str, path.Path]:
+        """The path that each parameter takes, "fused" or "eager", and why, by the parameter's name.
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> opt = ProjectedSGD(layer.named_parameters(), lr=0.1, c=4.0)
+        >>> print(opt.projection_path()["weight"])
+        eager: fused=True was not passed
+        """
+        return path.by_parameter(self)
+
+    def _eager_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         differentiable = bool(self.defaults.get("differentiable"))
         inner: Any = self.inner.step
         if getattr(inner, "hooked", False):

@@ -1,0 +1,1 @@
+"""What a projected step costs against the plain one: `python -m benchmarks`."""

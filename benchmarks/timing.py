@@ -1,0 +1,79 @@
+"""Interleaved timing: every contender once per round, so that a slow minute of the machine slows them all."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one step: the median, and half the distance between the quartiles."""
+
+    median: float
+    spread: float
+
+
+def interleaved(steps: Mapping[str, Callable[[], object]], seconds: float, rounds: tuple[int, int] = (5, 200)) -> dict:
+    """Time every step in turn, for about `seconds` in all; the first call of each is not counted.
+
+    Returns:
+        name: (`Time`, list of milliseconds by round).
+    """
+    for step in steps.values():
+        step()
+        step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    try:
+        while len(next(iter(taken.values()))) < rounds[1]:
+            for name, step in steps.items():
+                t = time.perf_counter()
+                step()
+                taken[name].append(1e3 * (time.perf_counter() - t))
+            if len(taken[name]) >= rounds[0] and time.perf_counter() - start > seconds:
+                break
+    finally:
+        gc.enable()
+    return taken
+
+
+def summary(values: list[float]) -> Time:
+    low, mid, high = np.percentile(values, [25, 50, 75])
+    return Time(float(mid), float(high - low) / 2)
+
+
+def ratio(values: list[float], base: list[float]) -> Time:
+    """Median and spread of the round-by-round quotients: what both share in a round cancels."""
+    return summary([a / b for a, b in zip(values, base, strict=True)])
+
+
+def machine(threads: int) -> dict[str, object]:
+    """What the figures depend on: processor, threads, versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
+    versions = {}
+    for package in ("torch", "numba", "triton", "jax", "optax", "keras", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(names) or None,
+        "threads": threads,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **versions,
+    }

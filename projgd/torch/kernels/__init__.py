@@ -1,0 +1,1 @@
+"""Kernels that update and project in one pass; `projgd.torch.path` chooses them."""

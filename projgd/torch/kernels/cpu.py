@@ -1,0 +1,337 @@
+"""The fused step on a CPU: update, norm and rescaling of a vector while it is in cache, all tensors in one call.
+
+Memory is seen as (K0, R0, K1, R1): the axes R make a vector, the axes K count vectors. Rows are (1, 1, rows, length),
+columns (1, length, columns, 1), a transposed convolution (1, in, out, kernel), grouped (groups, in, out, kernel). The
+work is cut into tiles that fit into a core's cache; a tile is a run of contiguous memory for every r0. Where a vector
+is longer than a tile, its tiles leave their sums of squares, and a second pass rescales.
+
+Sums are taken in float64. The squares of float32 and bfloat16 numbers neither over- nor underflow there, and their sum
+is as good as exact in any order: `reassoc`, which vectorizes it, is harmless, and no flag assumes that NaN or infinity
+cannot occur. Of float64 numbers at most `BLOCK` are added up in any order, and at most as many blocks: within the 4096
+additions that `projections.guard` allows for.
+
+Everything is in this one file because numba's cache on disk looks at the age of one file only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic, overload, register_jitable
+
+SGD, ADAM = 0, 1
+BLOCK = 2048
+MAX_WIDTH = 2048  # vectors in a tile
+TENSOR, K0, R0_FROM, R0_TO, K1_FROM, K1_TO, R1_FROM, R1_TO, FIRST, COUNT, PLACE = range(11)  # the columns of `tiles`
+
+_COUNTER = np.empty(0, np.float32)  # the dtype of torch's step counts
+
+_exact = njit(error_model="numpy")
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any, like: Any) -> Any:
+    """The address as a pointer to the dtype of `like`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), codegen
+
+
+@intrinsic
+def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once: where torch's kernels do, so that the bits agree."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return c(a, b, c), codegen
+
+
+@intrinsic
+def _as_bits(typing: Any, x: Any) -> Any:
+    """The bits of a float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _from_bits(typing: Any, x: Any) -> Any:
+    """The float32 with these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), codegen
+
+
+@register_jitable
+def _view(address: int, start: int, size: int, like: Any) -> Any:
+    return carray(_pointer(address + start * like.itemsize, like), size)
+
+
+def _load(x: Any, i: int) -> Any:
+    """x[i] as a number; 16-bit integers are the bits of bfloat16."""
+
+
+def _store(x: Any, i: int, value: Any) -> Any:
+    """x[i] = value, rounded to nearest even."""
+
+
+@overload(_load, strict=False)
+def _load_of(x: Any, i: Any) -> Any:
+    if x.dtype == types.uint16:
+        return lambda x, i: _from_bits(np.uint32(np.uint32(x[i]) << np.uint32(16)))
+    return lambda x, i: x[i]
+
+
+@overload(_store, strict=False)
+def _store_of(x: Any, i: Any, value: Any) -> Any:
+    if x.dtype == types.uint16:
+
+        def store(x: Any, i: Any, value: Any) -> None:
+            bits = _as_bits(value)
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            x[i] = np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+        return store
+
+    def store_as_is(x: Any, i: Any, value: Any) -> None:
+        x[i] = value
+
+    return store_as_is
+
+
+def _as(x: Any, value: float) -> Any:
+    """`value` in the type that x is computed in."""
+
+
+@overload(_as, strict=False)
+def _as_of(x: Any, value: Any) -> Any:
+    if x.dtype == types.float64:
+        return lambda x, value: np.float64(value)
+    return lambda x, value: np.float32(value)
+
+
+@_exact
+def _sgd(p: Any, g: Any, m: Any, h: Any, first: bool) -> None:
+    """torch.optim.SGD on a run of memory. h: lr, momentum, 1 - dampening, weight decay, sign, nesterov."""
+    lr, momentum, undamped, decay, sign = _as(p, h[0]), _as(p, h[1]), _as(p, h[2]), _as(p, h[3]), _as(p, h[4])
+    nesterov = h[5] != 0
+    for i in range(p.size):
+        w = _load(p, i)
+        d = sign * _load(g, i)
+        if decay != 0:
+            d = _fma(decay, w, d)
+        if momentum != 0:
+            b = d if first else _fma(undamped, d, momentum * _load(m, i))
+            _store(m, i, b)
+            d = _fma(momentum, b, d) if nesterov else b
+        _store(p, i, _fma(-lr, d, w))
+
+
+@_exact
+def _adam(p: Any, g: Any, m: Any, v: Any, x: Any, h: Any, size: Any, root: Any) -> None:
+    """torch.optim.Adam and AdamW on a run. h: lr, beta1, beta2, eps, weight decay, sign, decoupled, amsgrad."""
+    beta2, eps, decay, sign = _as(p, h[2]), _as(p, h[3]), _as(p, h[4]), _as(p, h[5])
+    weight1, weight2, shrink = _as(p, 1 - h[1]), _as(p, 1 - h[2]), _as(p, 1 - h[0] * h[4])
+    decoupled, amsgrad = h[6] != 0, h[7] != 0
+    size, root = _as(p, -size), _as(p, root)
+    near, beyond = weight1 < 0.5, weight1 - _as(p, 1.0)  # torch.lerp starts from the nearer end
+    for i in range(p.size):
+        w = _load(p, i)
+        d = sign * _load(g, i)
+        if decay != 0:
+            if decoupled:
+                w = w * shrink
+            else:
+                d = _fma(decay, w, d)
+        a = _load(m, i)
+        a = _fma(weight1, d - a, a) if near else _fma(beyond, d - a, d)
+        b = _fma(weight2 * d, d, beta2 * _load(v, i))
+        _store(m, i, a)
+        _store(v, i, b)
+        if amsgrad:
+            most = _load(x, i)
+            b = most if most > b else b
+            _store(x, i, b)
+        _store(p, i, w + size * a / (np.sqrt(b) / root + eps))
+
+
+@njit(error_model="numpy", fastmath={"reassoc"})
+def _squares(x: Any) -> float:
+    """In blocks, each in any order: the error is that of `BLOCK` additions and one for each block."""
+    total = 0.0
+    for start in range(0, x.size, BLOCK):
+        block = x[start : start + BLOCK]
+        part = 0.0
+        for i in range(block.size):
+            y = np.float64(_load(block, i))
+            part += y * y
+        total += part
+    return total
+
+
+@_exact
+def _add_squares(x: Any, sums: Any) -> None:
+    """One square to each sum: the vectors lie side by side."""
+    for i in range(x.size):
+        y = np.float64(_load(x, i))
+        sums[i] += y * y
+
+
+@_exact
+def _scale(x: Any, factor: Any) -> None:
+    f = _as(x, factor)
+    for i in range(x.size):
+        _store(x, i, _load(x, i) * f)
+
+
+@_exact
+def _scale_each(x: Any, factors: Any) -> None:
+    for i in range(x.size):
+        _store(x, i, _load(x, i) * _as(x, factors[i]))
+
+
+@_exact
+def _count(counters: Any, h: Any, factors: Any) -> None:
+    """Adam's step counts, one more each; `factors` become the step size and the root of the second bias correction."""
+    step = np.float32(0)
+    for k in range(len(counters)):
+        counter = carray(_pointer(counters[k], _COUNTER), 1)
+        counter[0] += np.float32(1)
+        if k == 0 or counter[0] != step:
+            step = counter[0]
+            size = h[0] / (1 - h[1] ** np.float64(step))
+            root = math.sqrt(1 - h[2] ** np.float64(step))
+        factors[k, 0], factors[k, 1] = size, root
+
+
+@_exact
+def _rescale(sums: Any, address: int, tile: Any, layout: Any, limit: Any, scales: Any, like: Any) -> None:
+    """Bring the vectors of a tile whose `sums` of squares say so back into the ball."""
+    width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
+    outside = False
+    for j in range(width):
+        norm = math.sqrt(sums[j])
+        scales[j] = 1.0
+        if norm > limit[0] and norm < np.inf:
+            scales[j] = limit[1] / norm
+            outside = True
+        elif like.itemsize == 8 and not norm < np.inf:
+            limit[2] = 1
+    if not outside:
+        return
+    for r in range(tile[R0_FROM], tile[R0_TO]):
+        start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
+        if run == 1:
+            _scale_each(_view(address, start, width, like), scales)
+            continue
+        for j in range(width):
+            if scales[j] != 1:
+                _scale(_view(address, start + j * run, run, like), scales[j])
+
+
+def step(
+    kind: int,
+    like: Any,
+    table: Any,
+    counters: Any,
+    layouts: Any,
+    tiles: Any,
+    ranges: Any,
+    limits: Any,
+    h: Any,
+    factors: Any,
+    left: Any,
+) -> None:
+    """One optimizer step with its projection, for all tensors.
+
+    Args:
+        kind: `SGD` or `ADAM`.
+        like: an empty array of the stored dtype.
+        table: int64 (operands, tensors): addresses of parameter, gradient and three states.
+        counters: int64 (tensors,): addresses of Adam's step counts; SGD: empty.
+        layouts: int64 (tensors, 4): (K0, R0, K1, R1).
+        tiles: int64 (tiles, 11), the columns as named above; FIRST and COUNT are the tiles that share its vectors,
+            PLACE is where its sums lie in `left`.
+        ranges: int64 (threads + 1,): which tiles are whose.
+        limits: float64 (tensors, 3): threshold and target; an infinite threshold leaves a tensor free. The third
+            becomes 1 where the squares of float64 numbers overflowed: that tensor is left to `projections`.
+        h: float64, the hyperparameters.
+        factors: float64 (tensors, 2): SGD: 1 in the first column where the momentum starts; Adam: written here.
+        left: float64, room for the sums of the tiles that share vectors; empty if none do.
+    """
+    if kind == ADAM:
+        _count(counters, h, factors)
+    for t in prange(len(ranges) - 1):
+        sums = np.zeros(MAX_WIDTH)
+        scales = np.ones(MAX_WIDTH)
+        for i in range(ranges[t], ranges[t + 1]):
+            tile = tiles[i]
+            k = tile[TENSOR]
+            layout, limit = layouts[k], limits[k]
+            width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
+            free = limit[0] == np.inf
+            for j in range(width):
+                sums[j] = 0.0
+            for r in range(tile[R0_FROM], tile[R0_TO]):
+                start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
+                size = width * run
+                p = _view(table[0, k], start, size, like)
+                g = _view(table[1, k], start, size, like)
+                m = _view(table[2, k], start, size, like)
+                if kind == SGD:
+                    _sgd(p, g, m, h, factors[k, 0] != 0)
+                else:
+                    v = _view(table[3, k], start, size, like)
+                    x = _view(table[4, k], start, size, like)
+                    _adam(p, g, m, v, x, h, factors[k, 0], factors[k, 1])
+                if free:
+                    continue
+                if run == 1:
+                    _add_squares(p, sums)
+                else:
+                    for j in range(width):
+                        sums[j] += _squares(p[j * run : (j + 1) * run])
+            if free:
+                continue
+            if tile[COUNT] == 1:
+                _rescale(sums, table[0, k], tile, layout, limit, scales, like)
+            else:
+                left[tile[PLACE] : tile[PLACE] + width] = sums[:width]
+    if left.size:
+        for t in prange(len(ranges) - 1):
+            sums = np.zeros(MAX_WIDTH)
+            scales = np.ones(MAX_WIDTH)
+            for i in range(ranges[t], ranges[t + 1]):
+                tile = tiles[i]
+                k = tile[TENSOR]
+                if tile[COUNT] == 1 or limits[k, 0] == np.inf:
+                    continue
+                width = tile[K1_TO] - tile[K1_FROM]
+                for j in range(width):
+                    sums[j] = 0.0
+                    for other in range(tile[FIRST], tile[FIRST] + tile[COUNT]):
+                        sums[j] += left[tiles[other, PLACE] + j]
+                _rescale(sums, table[0, k], tile, layouts[k], limits[k], scales, like)
+
+
+def _compiled(function: Any) -> Any:
+    """`function` compiled on its first call and kept on disk, where there is a directory to keep it in."""
+    jit: Any = functools.partial(njit, parallel=True, nogil=True, error_model="numpy")
+    try:
+        return jit(cache=True)(function)
+    except RuntimeError:  # no directory can be written
+        return jit()(function)
+
+
+run = _compiled(step)

@@ -1,0 +1,82 @@
+"""How memory is cut into tiles, and the tiles dealt out to threads. Knows no kernel and no optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from projgd.axes import Vectors
+
+Layout = tuple[int, int, int, int]  # (K0, R0, K1, R1), outermost first: K count vectors, R run along one
+
+TILE = 2048  # entries updated before their norms are taken: with gradient and state they fit the first-level cache
+LONG = 1 << 15  # a vector longer than this is cut, so that threads can share it
+LINES = 64  # columns side by side in one tile, at least: whole cache lines
+
+
+def layout_of(p: torch.Tensor, vectors: Vectors | None) -> Layout | None:
+    """The memory of `p` as (K0, R0, K1, R1); None where it has gaps or more changes between the two kinds of axes."""
+    shape: Sequence[int] = p.shape if vectors is None else vectors.shape
+    if p.is_contiguous():
+        strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
+    elif tuple(shape) == tuple(p.shape):
+        strides = list(p.stride())
+    else:
+        return None
+    axes = sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: strides[a])
+    sizes, slot, expected = [1, 1, 1, 1], 3, 1
+    for a in axes:
+        if strides[a] != expected:
+            return None
+        expected *= shape[a]
+        along = vectors is None or a in vectors.axes
+        if along != (slot % 2 == 1):
+            slot -= 1
+        if slot < 0:
+            return None
+        sizes[slot] *= shape[a]
+    return (sizes[0], sizes[1], sizes[2], sizes[3])
+
+
+def tiles(layouts: Sequence[Layout], free: Sequence[bool]) -> tuple[npt.NDArray[np.int64], int]:
+    """The rows that `kernels.cpu.step` reads, and how many sums the tiles leave that share vectors."""
+    rows: list[tuple[int, ...]] = []
+    left = 0
+    for k, (k0, r0, k1, r1) in enumerate(layouts):
+        if free[k]:  # no vector to keep together
+            k0, r0, k1, r1 = 1, 1, 1, k0 * r0 * k1 * r1
+        r1_step = min(r1, TILE if free[k] else LONG)
+        width = min(k1, _width(r0, r1)) if r1_step == r1 else 1
+        r0_step = max(1, min(r0, LONG // (width * r1_step), 2048))
+        cuts = [
+            (a, min(a + r0_step, r0), b, min(b + r1_step, r1))
+            for a in range(0, r0, r0_step)
+            for b in range(0, r1, r1_step)
+        ]
+        shared = len(cuts) > 1 and not free[k]
+        for i in range(k0):
+            for j in range(0, k1, width):
+                first, end = len(rows), min(j + width, k1)
+                for a, a_end, b, b_end in cuts:
+                    count = len(cuts) if shared else 1
+                    rows.append((k, i, a, a_end, j, end, b, b_end, first, count, left))
+                    left += end - j if shared else 0
+    return np.array(rows, dtype=np.int64).reshape(-1, 11), left
+
+
+def _width(r0: int, r1: int) -> int:
+    """Vectors in a tile: about `TILE` entries, but for a strided axis whole cache lines."""
+    return max(1, TILE // r1) if r0 == 1 else min(TILE, max(1, LINES // r1, TILE * 16 // (r0 * r1)))
+
+
+def ranges(table: npt.NDArray[np.int64], threads: int) -> npt.NDArray[np.int64]:
+    """Which tiles are whose: ranges with about the same number of entries."""
+    sizes = (table[:, 3] - table[:, 2]) * (table[:, 5] - table[:, 4]) * (table[:, 7] - table[:, 6])
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    cuts = np.searchsorted(total, np.linspace(0, total[-1], threads + 1))
+    cuts[-1] = len(table)
+    return cuts.astype(np.int64)
