@@ -65,9 +65,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under two minutes: SGD and Adam, fewer rounds")
-    parser.add_argument(
-        "--compiled", action="store_true", help="also under torch.compile (minutes to warm up)"
-    )
+    parser.add_argument("--compiled", action="store_true", help="also under torch.compile (minutes to warm up)")
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     parser.add_argument("--optimizers", nargs="+", default=None, choices=list(OPTIMIZERS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
