@@ -1,34 +1,19 @@
 """The contract of MaxNorm on the reference path, for NumPy, PyTorch and JAX arrays, judged in exact arithmetic."""
 
 import math
-import warnings
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 from projgd import MaxNorm, projections
+from tests.contract import NUMPY, TIGHT, bits, check, columns, exact_norms
 
-TIGHT = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-NUMPY = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LARGEST = {"float64": 1e300, "float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
-BITS = {8: np.uint64, 4: np.uint32, 2: np.uint16}
-
-
-def exact_norms(w):
-    """‖w‖₂ of the columns: squares and sums in extended precision, with a range where nothing overflows."""
-    w = np.asarray(w, np.float64).astype(np.longdouble)
-    return np.sqrt((w * w).sum(0))
-
-
-def bits(w):
-    w = np.ascontiguousarray(w)
-    return w.view(BITS[w.dtype.itemsize])
 
 
 def on_numpy(w, c):
@@ -57,35 +42,6 @@ def on_jax_jitted(w, c):
 
 
 PATHS = [on_numpy, on_torch, on_jax, on_jax_jitted]
-
-
-def check(project, w, c):
-    """Properties 1 to 6 for the columns of `w`."""
-    name = w.dtype.name
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing overflows on the way either
-        q = project(w, c)
-        again = project(q, c)
-    finite = np.isfinite(np.asarray(w, np.float64)).all(0)
-    assert (bits(q)[:, ~finite] == bits(w)[:, ~finite]).all(), "laundered"
-    w, q, again = w[:, finite], q[:, finite], again[:, finite]
-    before, after = exact_norms(w), exact_norms(q)
-    assert (after <= c).all(), f"held: {after.max()!r} > {c!r}"
-    inside = before <= c * (1 - TIGHT[name])
-    assert (bits(q)[:, inside] == bits(w)[:, inside]).all(), "untouched"
-    assert (bits(again) == bits(q)).all(), "idempotent"
-    outside = before > c
-    coarse = np.sqrt(len(w)) * 2.0**-25 if name == "float16" else 0.0
-    if coarse < 0.02 * c:  # else no float16 is near
-        assert (after[outside] >= c * (1 - TIGHT[name])).all(), f"tight: {(after[outside] / c).min()}"
-        unit_w = np.asarray(w, np.float64)[:, outside] / before[outside]
-        cosine = (unit_w * (np.asarray(q, np.float64)[:, outside] / after[outside])).sum(0)
-        assert (cosine >= 1 - 1e-2).all(), "direction"
-
-
-def columns(seed, n, rows, norms, dtype):
-    w = np.random.default_rng(seed).standard_normal((n, rows))
-    return np.asarray(w / exact_norms(w) * norms, NUMPY[dtype])
 
 
 @pytest.mark.parametrize("project", [on_numpy, on_torch, on_jax_jitted])
