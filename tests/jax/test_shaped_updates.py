@@ -271,7 +271,7 @@ def test_the_norm_is_held_over_100000_steps(dtype):
     off, drift = norm(ours) / norm(p) - 1, norm(theirs) / norm(p) - 1
     print(f"{dtype}: held to {off:.1e}, recomputed at every step {drift:.1e}")
     assert abs(off) <= {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
-    assert abs(drift) > 5 * abs(off)
+    assert abs(drift) > {"float32": 2, "bfloat16": 5}[dtype] * abs(off)
 
 
 def test_sharded_is_the_same():
