@@ -93,6 +93,11 @@ def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.
         wanted = layers.constraints(model, constraint)
         of_tensor = {id(p): wanted[name] for name, p in model.named_parameters()}
         plan = [[of_tensor.get(id(p)) for p in group.values()] for group in named]
+        if not any(own is not None for constraints in plan for own in constraints):
+            raise ValueError(
+                "nothing would be projected: the optimizer has none of the parameters of model= that the constraint "
+                "is for. Pass the model that the optimizer was made from"
+            )
     elif isinstance(constraint, Mapping):
         if not all("param_names" in group for group in optimizer.param_groups):
             raise ValueError(

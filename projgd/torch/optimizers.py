@@ -95,6 +95,8 @@ class Projected(Optimizer):
         return path.by_parameter(self)
 
     def _eager_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        for group in self.param_groups:
+            settings.constraint_of(group)  # a bad c raises before the first write
         differentiable = bool(self.defaults.get("differentiable"))
         inner: Any = self.inner.step
         if getattr(inner, "hooked", False):

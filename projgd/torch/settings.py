@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from projgd import projections
+from projgd import axes, projections
 from projgd.axes import Vectors
 from projgd.config import from_config
-from projgd.constraints import Constraint, MaxNorm
+from projgd.constraints import Constraint, MaxNorm, positive
 from projgd.metrics import NAMES
 from projgd.torch import sharded
 from projgd.updates import Update
@@ -33,6 +33,25 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         ValueError: `c` and `constraint` both, `axis` beside `constraint`, or an unknown update or metric.
     """
     given = {k: own[k] for k in KEYS if k in own}
+    # A group of a projected optimizer has all keys, and is taken over as it stands.
+    settings = given if len(given) == len(KEYS) else _merged(given, inherited)
+    constraint_of(settings)  # c, axis and constraint are checked by making the constraint in force
+    if settings["update"] is not None and not isinstance(settings["update"], Update):
+        raise TypeError(
+            f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "
+            "it comes"
+        )
+    if settings["gradient"] not in (None, "tangent"):
+        raise ValueError(f'gradient={settings["gradient"]!r} is not known: pass None or "tangent"')
+    if settings["metric"] not in NAMES:
+        raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean" or "adaptive"')
+    if not isinstance(settings["without_grad"], bool):
+        raise TypeError(f"without_grad={settings['without_grad']!r} is not known: pass True or False")
+    settings["axis"] = axes.check(settings["axis"])
+    return settings
+
+
+def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("c") is not None and given.get("constraint") is not None:
         raise ValueError(f"pass c={given['c']} or constraint={given['constraint']}, not both")
     if given.get("constraint") is not None and "axis" in given:
@@ -48,25 +67,12 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
     if "axis" in given:
         settings["axis"] = given["axis"]
         if settings["constraint"] is not None:  # the constructor's set, with this group's axis
+            if not hasattr(settings["constraint"], "axis"):
+                raise ValueError(f"axis={given['axis']!r} has no meaning for {settings['constraint']}: leave it out")
             settings["constraint"] = dataclasses.replace(settings["constraint"], axis=given["axis"])
     if ("c" in given or "constraint" in given) and settings["c"] is None and settings["constraint"] is None:
         settings |= {"update": None, "gradient": None}  # a freed group is the inner optimizer's own
     settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
-    if settings["constraint"] is not None and not isinstance(settings["constraint"], Constraint):
-        raise TypeError(
-            f"constraint={settings['constraint']!r} is no constraint: pass one such as MaxNorm(4.0); rules go through "
-            "param_groups(model, rules)"
-        )
-    if settings["update"] is not None and not isinstance(settings["update"], Update):
-        raise TypeError(
-            f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "
-            "it comes"
-        )
-    if settings["gradient"] not in (None, "tangent"):
-        raise ValueError(f'gradient={settings["gradient"]!r} is not known: pass None or "tangent"')
-    if settings["metric"] not in NAMES:
-        raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean" or "adaptive"')
-    constraint_of(settings)  # c and axis are checked by making the constraint
     return settings
 
 
@@ -76,9 +82,16 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
     c = group["c"]
     if constraint is None:
         return None if c is None else MaxNorm(c, group["axis"])
+    if not isinstance(constraint, Constraint):
+        raise TypeError(
+            f"constraint={constraint!r} is no constraint: pass one such as MaxNorm(4.0); rules go through "
+            "param_groups(model, rules)"
+        )
+    if c is not None and not hasattr(constraint, "c"):
+        raise ValueError(f"c={c} goes with MaxNorm, and {constraint} is in its group: set one of them to None")
     if not hasattr(constraint, "c") or constraint.c == c:
-        return cast("Constraint", constraint)
-    return None if c is None else dataclasses.replace(constraint, c=c)
+        return constraint
+    return None if c is None else dataclasses.replace(constraint, c=c)  # type: ignore[call-arg]
 
 
 def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "the array") -> Vectors | None:
@@ -141,8 +154,11 @@ def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
 
 
 def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group for a checkpoint: the constraint and the shaping as plain types."""
-    return {**group, **{k: None if group[k] is None else group[k].config() for k in ("constraint", "update")}}
+    """A group for a checkpoint: the constraint, the shaping, a `Split` and the numbers of NumPy as plain types."""
+    c, axis = group["c"], group["axis"]
+    plain = {k: None if group[k] is None else group[k].config() for k in ("constraint", "update")}
+    plain["axis"] = dataclasses.asdict(axis) if isinstance(axis, axes.Split) else axis
+    return {**group, **plain, "c": c if type(c) in (int, float, torch.Tensor, type(None)) else positive("c", c)}
 
 
 def from_plain(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,4 +167,5 @@ def from_plain(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str
     for k in ("constraint", "update"):
         if isinstance(group[k], Mapping):
             group[k] = from_config(dict(group[k]))
+    group["axis"] = axes.check(group["axis"])
     return group

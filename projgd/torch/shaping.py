@@ -129,7 +129,7 @@ def step(
 
     Spheres are landed on here, and `not_landed` says what is left to project.
 
-    An error in the closure or in the inner step leaves those parameters as they were.
+    An error or an interrupt anywhere in here leaves those parameters as they were.
     """
     groups = [g for g in groups if is_shaped(g)]
     if closure is None:
@@ -147,25 +147,25 @@ def step(
                 if not reads_weights(inner, group):
                     p.zero_()
             returned = call(closure)
+            land(
+                [
+                    Plan(
+                        p,
+                        w,
+                        reads_weights(inner, g),
+                        g["update"],
+                        g.get("lr", 1.0),
+                        _carrier(g),
+                        _radius(g, initial.get(p)),
+                    )
+                    for g, p, w in plans
+                    if p.grad is not None
+                ]
+            )
         except BaseException:
             for _, p, w in plans:
                 p.copy_(w)
             raise
-        land(
-            [
-                Plan(
-                    p,
-                    w,
-                    reads_weights(inner, g),
-                    g["update"],
-                    g.get("lr", 1.0),
-                    _carrier(g),
-                    _radius(g, initial.get(p)),
-                )
-                for g, p, w in plans
-                if p.grad is not None
-            ]
-        )
     return returned if loss is None else loss
 
 

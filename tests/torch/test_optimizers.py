@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from projgd import MaxNorm, NonNegative, UnitNorm
-from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD
+from projgd.axes import Split
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, param_groups, project_after_step
 
 CLASSES = {ProjectedSGD: torch.optim.SGD, ProjectedAdam: torch.optim.Adam, ProjectedAdamW: torch.optim.AdamW}
 
@@ -266,3 +268,98 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(cls):
     assert len(optimizer.param_groups) == 1
     train(model, optimizer, range(3))
     assert norms(model[0].weight).max() <= 0.5
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("bad", [0, float("nan"), "4", torch.tensor(-1.0), np.array([1.0, 2.0]), object()])
+def test_a_bad_c_in_a_running_optimizer_raises_before_anything_moves(cls, bad, fused):
+    model = network()
+    optimizer = cls([{"params": [p]} for p in model.parameters()], lr=0.1, c=4.0, fused=fused)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model)
+    optimizer.param_groups[-1]["c"] = bad
+    with pytest.raises((TypeError, ValueError), match="c"):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    assert not optimizer.state
+
+
+def test_what_is_no_constraint_in_a_running_optimizer_raises_before_anything_moves(cls):
+    model = network()
+    before = model[0].weight.detach().clone()
+    backward(model)
+    for keys in ({"constraint": "max"}, {"constraint": UnitNorm(), "c": 0.5}):
+        optimizer = cls(model.parameters(), lr=0.1, c=4.0)
+        optimizer.param_groups[0].update(keys)
+        with pytest.raises((TypeError, ValueError), match=r"is no constraint|goes with MaxNorm"):
+            optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"c": np.float64(2.0)},
+        {"c": np.float32(2.0), "axis": np.int64(1)},
+        {"c": 2.0, "axis": range(1, 2)},
+        {"c": 2.0, "axis": Split(0, 1, (1, 2))},
+        {"constraint": MaxNorm(np.float32(2.0), Split(0, 1, (1, 2)))},
+    ],
+)
+def test_a_checkpoint_has_plain_types_whatever_c_and_axis_came_as(keys):
+    def made() -> ProjectedSGD:
+        return ProjectedSGD([network()[0].weight], lr=0.1, **keys)
+
+    file = io.BytesIO()
+    torch.save(made().state_dict(), file)
+    file.seek(0)
+    loaded, fresh = made(), made()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for optimizer in (loaded, fresh):
+        (p,) = optimizer.param_groups[0]["params"]
+        p.grad = torch.full_like(p, 50.0)
+        optimizer.step()
+    assert torch.equal(loaded.param_groups[0]["params"][0], fresh.param_groups[0]["params"][0])
+    assert loaded.param_groups[0]["axis"] == fresh.param_groups[0]["axis"]
+
+
+def test_a_grouped_transposed_convolution_goes_through_a_checkpoint():
+    model = torch.nn.ConvTranspose1d(4, 6, 3, groups=2)
+    optimizer = ProjectedSGD(param_groups(model, MaxNorm(0.1)), lr=0.1)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    assert optimizer.param_groups[0]["axis"] == optimizer.param_groups[0]["constraint"].axis
+
+
+@pytest.mark.parametrize("keys", [{"c": 2.0, "axis": 0}, {"constraint": MaxNorm(2.0)}, {"constraint": UnitNorm(0)}])
+def test_groups_of_a_projected_optimizer_are_taken_over(cls, keys):
+    optimizer = cls(network().parameters(), lr=0.1, **keys)
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer.add_param_group({**settings, "params": [network()[0].weight]})
+    again = cls(optimizer.param_groups)
+    for group in [optimizer.param_groups[1], *again.param_groups]:
+        assert {k: v for k, v in group.items() if k != "params"} == settings
+
+
+@pytest.mark.parametrize(
+    ("keys", "group", "error", "message"),
+    [
+        ({"c": np.array([1.0, 2.0])}, {}, TypeError, r"c is an array of shape \(2,\)"),
+        ({"c": torch.ones(2)}, {}, TypeError, r"c is an array of shape \(2,\)"),
+        ({"c": 4.0, "without_grad": "no"}, {}, TypeError, "without_grad='no' is not known"),
+        ({"constraint": NonNegative()}, {"axis": 0}, ValueError, r"axis=0 has no meaning for NonNegative\(\)"),
+    ],
+)
+def test_more_settings_that_cannot_be_honoured_are_errors(keys, group, error, message):
+    with pytest.raises(error, match=message):
+        ProjectedSGD([{"params": network().parameters(), **group}], lr=0.1, **keys)
+
+
+def test_a_hook_with_the_names_of_another_model_is_an_error():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="nothing would be projected"):
+        project_after_step(optimizer, MaxNorm(4.0), copy.deepcopy(model))
+    project_after_step(optimizer, MaxNorm(4.0), model[0])  # a part of the model is enough

@@ -420,3 +420,18 @@ def test_the_norm_is_held_over_100000_steps():
     assert abs(off[0]) <= 1e-6
     assert abs(off[1]) <= 1e-2
     assert abs(drift) > 2 * abs(off[1])
+
+
+class Interrupted(TangentUpdate):
+    def coefficients(self, m, lr, xp):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_the_update_is_shaped_gives_the_weights_back():
+    p = torch.nn.Parameter(torch.randn(3, 4))
+    w = p.detach().clone()
+    optimizer = projected(torch.optim.SGD)([p], lr=0.1, constraint=UnitNorm(), update=Interrupted())
+    p.grad = torch.ones_like(p)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert torch.equal(p, w)
