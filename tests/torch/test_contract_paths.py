@@ -1,0 +1,120 @@
+"""The contract on every way through a Projected optimizer: default, foreach, fused, compiled; and from hard starts."""
+
+import numpy as np
+import pytest
+import torch
+
+from projgd import MaxNorm
+from projgd.torch import ProjectedAdam, ProjectedSGD, project_after_step
+from tests.contract import NUMPY, TIGHT, bits, exact_norms, judge
+
+WAYS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+SHAPES = [(12, 1), (12, 7), (12, 3, 5, 5), (12, 400)]
+C = 3.7
+
+
+def make(shape, dtype):
+    """Vectors of all lengths about the bound, a huge, a zero and two broken ones."""
+    x = np.random.default_rng(0).standard_normal(shape).reshape(12, -1)
+    t = TIGHT[dtype]
+    x *= (
+        C
+        * np.array([1, 1e-3, 0.5, 1 - 3 * t, 1 - t / 9, 1, 1 + t / 9, 1.5, 5, 0, 1, 1])[:, None]
+        / exact_norms(x.T)[:, None]
+    )
+    x[0] *= 1e3 if dtype == "float16" else 1e30
+    x[10, 0], x[11, -1] = np.nan, -np.inf
+    return torch.nn.Parameter(torch.from_numpy(x.reshape(shape)).to(getattr(torch, dtype)))
+
+
+def stored(p):
+    """The vectors of `p` as columns of the NumPy array with the same bits."""
+    dtype = str(p.dtype).removeprefix("torch.")
+    ints = p.detach().contiguous().view(getattr(torch, f"int{8 * p.element_size()}"))
+    return ints.numpy().view(NUMPY[dtype]).reshape(p.shape[0], -1).T.copy()
+
+
+def give_grads(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = (g / g[0].numel() ** 0.5).to(p.dtype)
+        p.grad[:2] = 0
+
+
+def check_steps(made, dtypes, shapes, options, compiled=False):
+    """Every step of `made` with a bound, judged against the same step without one."""
+    free, held = ([make(s, dtype) for s in shapes for dtype in dtypes] for _ in range(2))
+    plain, ours = made(free, c=None, **options), made(held, c=C, **options)
+    steps = [torch.compile(o.step, fullgraph=True) if compiled else o.step for o in (plain, ours)]
+    for i in range(3):
+        give_grads(free, i)
+        give_grads(held, i)
+        for step in steps:
+            step()
+        landed = [stored(p) for p in held]
+        with torch.no_grad():
+            again = [torch.nn.Parameter(p.clone()) for p in held]
+        second = ProjectedSGD(again, lr=0.0, c=C, **{k: v for k, v in options.items() if k in ("foreach", "fused")})
+        for p in again:
+            p.grad = torch.zeros_like(p)
+        second.step()
+        for p, q, r in zip(free, landed, again, strict=True):
+            judge(stored(p), q, stored(r), C)
+        with torch.no_grad():
+            for p, q in zip(free, held, strict=True):
+                p.copy_(q)
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("made", "options"), [(ProjectedSGD, {"momentum": 0.9}), (ProjectedAdam, {"eps": 1e-4})])
+def test_steps(made, options, way, dtype):
+    check_steps(made, [dtype], SHAPES, {"lr": 0.1, **options, **WAYS[way]})
+
+
+def test_compiled_steps():
+    torch.compiler.reset()  # or the graphs of other tests count against the limit
+    check_steps(ProjectedSGD, list(NUMPY), [(12, 7), (12, 3, 5, 5)], {"lr": 0.1}, compiled=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_far_outside(way, dtype, layout):
+    """|p| = 1e6, c = 4: held and tight after the first step already, in the parameter's own memory format."""
+    x = torch.randn(9, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x *= 1e6 / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+    p = torch.nn.Parameter(x.to(getattr(torch, dtype)).to(memory_format=layout))
+    p.grad = torch.zeros_like(p)
+    before, strides = stored(p), p.stride()
+    optimizer = ProjectedSGD([p], lr=0.1, c=4.0, **WAYS[way])
+    optimizer.step()
+    landed = stored(p)
+    optimizer.step()
+    judge(before, landed, stored(p), 4.0)
+    assert p.stride() == strides
+    assert p.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3, 3)])
+def test_an_expanded_parameter_is_refused(shape):
+    p = torch.nn.Parameter(torch.ones(1).expand(shape))
+    for use in (
+        lambda: ProjectedSGD([("head.weight", p)], lr=0.1, c=1.0),
+        lambda: ProjectedSGD([("head.weight", p)], lr=0.1, c=1.0, fused=True),
+        lambda: project_after_step(torch.optim.SGD([("head.weight", p)], lr=0.1), MaxNorm(1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"head\.weight is an expanded tensor \(stride 0\).*contiguous"):
+            use()
+
+
+def test_the_bits_of_subnormal_entries_stay():
+    """In vectors that are inside; a step of the stock optimizer keeps them too."""
+    for dtype, tiny in (("float32", 1e-40), ("float64", 1e-310), ("bfloat16", 1e-40), ("float16", 5e-7)):
+        for options in WAYS.values():
+            p = torch.nn.Parameter(torch.tensor([[0.5, tiny, -tiny], [tiny, -0.0, 0.0]], dtype=getattr(torch, dtype)))
+            p.grad = torch.zeros_like(p)
+            before = stored(p)
+            ProjectedSGD([p], lr=0.1, c=4.0, **options).step()
+            assert (bits(stored(p)) == bits(before)).all()
