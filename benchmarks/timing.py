@@ -21,8 +21,15 @@ class Time:
     spread: float
 
 
-def interleaved(steps: Mapping[str, Callable[[], object]], seconds: float, rounds: tuple[int, int] = (5, 200)) -> dict:
-    """Time every step in turn, for about `seconds` in all; the first call of each is not counted.
+def interleaved(
+    steps: Mapping[str, Callable[[], object]],
+    seconds: float,
+    rounds: tuple[int, int] = (5, 200),
+    before: Callable[[], object] = lambda: None,
+) -> dict:
+    """Time every step in turn, for about `seconds` in all; the first calls of each are not counted.
+
+    `before` is called before every step, off the clock.
 
     Returns:
         name: (`Time`, list of milliseconds by round).
@@ -37,6 +44,7 @@ def interleaved(steps: Mapping[str, Callable[[], object]], seconds: float, round
     try:
         while len(next(iter(taken.values()))) < rounds[1]:
             for name, step in steps.items():
+                before()
                 t = time.perf_counter()
                 step()
                 taken[name].append(1e3 * (time.perf_counter() - t))
