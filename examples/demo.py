@@ -291,6 +291,7 @@ def main() -> None:
     results = []
     bar = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
+    console = console if console.width >= 100 else Console(width=100)  # a pipe counts as 80 columns: too few
     with Progress(*bar, console=console) as progress:
         shown = progress.add_task("", total=len(runs) * args.epochs)
         for rate, method, run in runs:

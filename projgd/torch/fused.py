@@ -100,7 +100,7 @@ def step(optimizer: Projected) -> list[dict[str, Any]]:
                 _limit(batch, constraint)
                 work.append((group, batch, [grads[j] for j in batch.places]))
         if known is None or len(known.covered) < len(group["params"]):
-            rest.append(_without(optimizer, group, known.covered if known else set()))
+            rest.append(_without(group, known.covered if known else set()))
     for group, batch, grads in work:
         _run(optimizer, group, batch, grads)
     return [group for group in rest if group["without_grad"] or any(p.grad is not None for p in group["params"])]
@@ -267,15 +267,14 @@ def _adam_numbers(group: dict[str, Any]) -> tuple[Any, ...]:
     return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], sign, *ways)
 
 
-def _without(optimizer: Projected, group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
-    """A group without some of its parameters; not for torch's own fused SGD where that is wrong (torch 2.13: bfloat16
-    on a CPU, by a tenth of the update)."""
+def _without(group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
+    """A group without some of its parameters; on a CPU not for torch's own fused kernels, of which the one for SGD is
+    wrong for bfloat16 (torch 2.13: by a tenth of the update)."""
     left = [j for j, p in enumerate(group["params"]) if id(p) not in covered]
-    params = [group["params"][j] for j in left]
-    wrong = optimizer.inner is SGD and any(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in params)
+    fused = group.get("fused") and any(group["params"][j].device.type != "cpu" for j in left)
     return {
         **group,
-        "fused": group.get("fused") and not wrong,
+        "fused": fused,
         **{k: [group[k][j] for j in left] for k in ("params", "param_names") if k in group},
     }
 

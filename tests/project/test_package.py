@@ -1,6 +1,7 @@
 """The package from outside: what importing it loads, and that its wheel works in an empty environment."""
 
 import ast
+import os
 import subprocess
 import sys
 import sysconfig
@@ -158,7 +159,9 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     executable = str(home / "bin" / "python")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}, scheme="venv"))
     pip = [sys.executable, "-m", "pip", "--python", executable, "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=300)
+    # Without this checkout on the path: an egg-info there would count as the package installed already.
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([*pip, "--ignore-installed", str(wheel)], check=True, timeout=300, env=alone, cwd=tmp_path)
     here = Path(sysconfig.get_path("purelib"))
     for lent in ("array_api_compat", "numpy", "numpy.libs"):
         if (here / lent).exists():

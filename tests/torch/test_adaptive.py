@@ -25,7 +25,7 @@ from tests.optimality import LeastSquares, residual
 OPTIMIZERS = [
     (torch.optim.Adam, {}, "exp_avg"),
     (torch.optim.Adam, {"amsgrad": True, "foreach": False}, "exp_avg"),
-    (torch.optim.Adam, {"fused": True, "eps": 1e-3}, "exp_avg"),
+    (torch.optim.Adam, {"foreach": True, "eps": 1e-3}, "exp_avg"),
     (torch.optim.AdamW, {"weight_decay": 0.0}, "exp_avg"),
     (torch.optim.AdamW, {"weight_decay": 0.0, "amsgrad": True, "betas": (0.5, 0.9)}, "exp_avg"),
     (torch.optim.NAdam, {"momentum_decay": 0.0}, "both"),
