@@ -1,9 +1,13 @@
-"""Interleaved timing: every contender once per round, so that a slow minute of the machine slows them all."""
+"""Interleaved timing: every contender once per round, so that a slow minute of the machine slows them all.
+
+The order changes from round to round, for who comes after whom decides what lies in cache.
+"""
 
 from __future__ import annotations
 
 import gc
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,27 +30,26 @@ def interleaved(
     seconds: float,
     rounds: tuple[int, int] = (5, 200),
     before: Callable[[], object] = lambda: None,
-) -> dict:
-    """Time every step in turn, for about `seconds` in all; the first calls of each are not counted.
+) -> dict[str, list[float]]:
+    """Milliseconds of every step by round, for about `seconds` in all; the first calls of each are not counted.
 
     `before` is called before every step, off the clock.
-
-    Returns:
-        name: (`Time`, list of milliseconds by round).
     """
     for step in steps.values():
         step()
         step()
     taken: dict[str, list[float]] = {name: [] for name in steps}
+    order, dice = list(steps), random.Random(0)
     gc.collect()
     gc.disable()
     start = time.perf_counter()
     try:
         while len(next(iter(taken.values()))) < rounds[1]:
-            for name, step in steps.items():
+            dice.shuffle(order)
+            for name in order:
                 before()
                 t = time.perf_counter()
-                step()
+                steps[name]()
                 taken[name].append(1e3 * (time.perf_counter() - t))
             if len(taken[name]) >= rounds[0] and time.perf_counter() - start > seconds:
                 break

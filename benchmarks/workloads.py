@@ -1,11 +1,18 @@
-"""The four workloads: the shapes of real models."""
+"""The four workloads: the shapes of real models, and weights of which half are on the bound."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 Shape = tuple[int, ...]
+Weights = npt.NDArray[np.float32]
+
+WORKLOADS = ("mlp", "small", "resnet", "gpt")
+BOUNDS = {"half binds": 1.0, "nothing binds": 1e6}  # c, for parameters as `start` makes them
 
 
 def shapes(name: str) -> list[Shape]:
@@ -13,8 +20,28 @@ def shapes(name: str) -> list[Shape]:
     return {"mlp": _mlp, "small": _small, "resnet": _resnet50, "gpt": _gpt2_small}[name]()
 
 
-def count(name: str) -> int:
-    return sum(math.prod(s) for s in shapes(name))
+def start(shape: Shape, share: float = 0.5) -> tuple[Weights, Weights]:
+    """A parameter and its gradient, float32: a `share` of its neurons has norm 1 and is pushed outwards at every step.
+
+    The others have norm 0.5 and gradient zero, so that they are inside however many steps are taken.
+    """
+    rng = np.random.default_rng(math.prod(shape))
+    p = rng.standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        return p, p.copy()
+    rows = p.reshape(shape[0], -1)
+    bound = round(share * shape[0])
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    norms[bound:] *= 2
+    rows /= norms[:, None]
+    g = np.zeros_like(p)
+    np.negative(p[:bound], out=g[:bound])
+    return p, g
+
+
+def outputs_last(x: Weights) -> Weights:
+    """From PyTorch's layout to that of JAX and Keras: (*kernel, in, out)."""
+    return np.ascontiguousarray(np.moveaxis(x, (0, 1), (-1, -2))) if x.ndim > 1 else x
 
 
 def _mlp() -> list[Shape]:
