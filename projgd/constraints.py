@@ -301,11 +301,12 @@ def positive(name: str, value: Scalar) -> Scalar:
     """
     if isinstance(value, (str, bytes, bool)) or value is None:
         raise TypeError(f"{name}={value!r} is not a number: pass a positive one, such as {name}=4.0")
-    if math.prod(getattr(value, "shape", ())) != 1:
+    plain = isinstance(value, (int, float))  # torch.compile cannot ask a number that moves for a shape
+    if not plain and math.prod(getattr(value, "shape", ())) != 1:
         raise TypeError(
             f"{name} is an array of shape {tuple(value.shape)}: pass one positive number, such as {name}=4.0"
         )
-    if not isinstance(value, (int, float)) and getattr(value, "shape", None) is None:
+    if not plain and getattr(value, "shape", None) is None:
         try:
             value = float(value)
         except (TypeError, ValueError):

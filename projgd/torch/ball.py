@@ -34,7 +34,8 @@ def takes(p: torch.Tensor) -> bool:
 def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> None:
     """Put every vector of `p` that is longer than `c` on the ball of radius c. No other bit of `p` changes."""
     if torch.compiler.is_compiling():
-        _opaque(p, c, list(vectors.shape), list(vectors.axes))
+        # A product of a tensor is all that torch.compile takes a moving float for; others it compiles in.
+        _opaque(p, torch.ones((), dtype=torch.float64) * c, list(vectors.shape), list(vectors.axes))
         return
     x, axes = p.reshape(vectors.shape), vectors.axes
     limits = ball_limits(p.dtype, vectors, c)
@@ -47,12 +48,12 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> None:
 
 
 @torch.library.custom_op("projgd::project_ball_", mutates_args=("p",))
-def _opaque(p: torch.Tensor, c: float, shape: list[int], axes: list[int]) -> None:
+def _opaque(p: torch.Tensor, c: torch.Tensor, shape: list[int], axes: list[int]) -> None:
     """`project_ball_` for torch.compile, which sees no inside: what is projected is what is stored.
 
     Fused with the step before it, the norm would be that of weights that are not yet rounded to bfloat16.
     """
-    project_ball_(p, c, Vectors(tuple(shape), tuple(axes)))
+    project_ball_(p, c.item(), Vectors(tuple(shape), tuple(axes)))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import lr_scheduler, swa_utils
 
 from projgd import MaxNorm, UnitNorm
@@ -158,21 +159,28 @@ def test_averages_of_feasible_weights_are_feasible_in_a_ball_and_short_on_a_sphe
 
 
 @pytest.mark.parametrize("made", [ProjectedSGD, ProjectedAdam], ids=lambda cls: cls.__name__)
-def test_compiled_step_is_one_graph(made):
+def test_compiled_step_is_one_graph_while_c_and_lr_move(made):
+    """The first move of c makes it an input of the graph: that is the second compilation, and there is no third."""
+    torch.compiler.reset()
     eager, compiled = network(), network()
-    options = {"lr": torch.tensor(0.1)} if made is ProjectedAdam else {"lr": 0.1, "momentum": 0.9}
+    options = {"lr": torch.tensor(0.1)} | ({} if made is ProjectedAdam else {"momentum": 0.9})
     plain, traced = (made(net.parameters(), c=C, **options) for net in (eager, compiled))
-    step = torch.compile(traced.step, fullgraph=True, backend="aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(traced.step, fullgraph=True, backend=graphs)
     loss = torch.compile(torch.nn.functional.cross_entropy, fullgraph=True, backend="aot_eager")
-    for k in range(4):
+    for k in range(6):
         loss_of(eager, k).backward()
         x, y = batch(k)
         loss(compiled(x), y).backward()
         plain.step()
         step()
-        plain.zero_grad()
-        traced.zero_grad()
-        assert longest(compiled) <= C
+        c = plain.param_groups[0]["c"]
+        assert longest(compiled) <= c
+        for optimizer in (plain, traced):
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["c"] = c * 0.95
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] * 0.9
+    assert graphs.frame_count <= 3  # also that without momentum buffers yet
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)  # compiled, Adam takes its capturable form
 
