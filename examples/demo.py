@@ -67,11 +67,13 @@ class Task:
     data: Data
     seed: int
     epochs: int
+    init: str = "torch"  # as `torch.nn.Linear` draws kernels; or "he", with 6 times the variance
 
     def initial_weights(self) -> list[np.ndarray]:
-        """Kernels (in, out), drawn as `torch.nn.Linear` draws them; both frameworks start here, with zero biases."""
+        """Kernels (in, out), uniform; both frameworks start here, with zero biases."""
         rng = np.random.default_rng(self.seed)
-        return [rng.uniform(-(n**-0.5), n**-0.5, (n, m)).astype(np.float32) for n, m in pairwise(SIZES)]
+        bound = {"torch": 1.0, "he": 6**0.5}[self.init]
+        return [(bound * n**-0.5 * rng.uniform(-1, 1, (n, m))).astype(np.float32) for n, m in pairwise(SIZES)]
 
     def batches(self) -> np.ndarray:
         """Indices of the training images: (epoch, step, image)."""
@@ -282,10 +284,11 @@ def main() -> None:
     parser.add_argument("--penalty", type=float, default=1e-3, help="weight of the L2 penalty (default: 0.001)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the 4,000 images (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", choices=("torch", "he"), default="torch", help="whose initial weights (default: torch)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png (default: out)")
     args = parser.parse_args()
 
-    task = Task(load(args.seed), args.seed, args.epochs)
+    task = Task(load(args.seed), args.seed, args.epochs, args.init)
     methods = [Method(), Method(penalty=args.penalty), *(Method(c=c) for c in args.c)]
     runs = [(rate, method, run) for rate in args.rates for method in methods for run in (run_torch, run_jax)]
     results = []
