@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--penalty", type=float, default=1e-3, help="weight of the L2 penalty (default: 0.001)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the 4,000 images (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", choices=("torch", "he"), default="torch", help="whose initial weights (default: torch)")
+    parser.add_argument("--init", choices=("torch", "he"), default="torch", help="default: torch")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png (default: out)")
     args = parser.parse_args()
 
