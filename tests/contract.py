@@ -1,9 +1,13 @@
 """The contract of MaxNorm as one check, in exact arithmetic, for tests to put to every way that weights take."""
 
+import math
 import warnings
 
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
+
+from projgd import projections
 
 TIGHT = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 NUMPY = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -53,3 +57,27 @@ def judge(w, q, again, c):
 def columns(seed, n, rows, norms, dtype):
     w = np.random.default_rng(seed).standard_normal((n, rows))
     return np.asarray(w / exact_norms(w) * norms, NUMPY[dtype])
+
+
+@st.composite
+def at_the_threshold(draw, dtypes=tuple(NUMPY)):
+    """Columns whose norms every way computes without rounding, and c such that the first is T, the last that is inside.
+
+    The second is longer (no way may leave early), the third shorter.
+    """
+    entries = draw(st.sampled_from([(1,), (3, 4), (2, 2, 1), (8, 4, 1), (12, 16, 15)]))
+    dtype, zeros = draw(st.sampled_from(dtypes)), draw(st.sampled_from([0, 1, 80]))
+    w = np.zeros((len(entries) + zeros, 3))
+    w[: len(entries)] = np.ldexp(entries, draw(st.integers(-9, 9)))[:, None] * np.asarray([1, 2, 0.5])
+    w = np.roll(w, draw(st.integers(0, len(w) - 1)), axis=0)
+    threshold, kind = float(exact_norms(w)[0]), projections.FLOATS[dtype]
+    share = projections.ball_limits(kind, w.shape, (0,), 1.0, np).threshold
+    near = threshold / share
+    c = next(c for c in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if c * share == threshold)
+    return w.astype(NUMPY[dtype]), c
+
+
+def judge_at_the_threshold(w, q, c):
+    """T belongs to what is untouched, on every way the same."""
+    assert (bits(q)[:, [0, 2]] == bits(w)[:, [0, 2]]).all(), "a vector at the threshold moved"
+    judge(w, q, q, c)

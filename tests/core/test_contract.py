@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 
 from projgd import MaxNorm, projections
-from tests.contract import NUMPY, TIGHT, bits, check, columns, exact_norms
+from tests.contract import (
+    NUMPY,
+    TIGHT,
+    at_the_threshold,
+    bits,
+    check,
+    columns,
+    exact_norms,
+    judge_at_the_threshold,
+)
 
 LARGEST = {"float64": 1e300, "float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
 
@@ -115,6 +124,24 @@ def test_any_weights(dtype, n, rows, c, data):
         c = 0.1
     for project in (on_numpy, on_torch):
         check(project, w, c)
+
+
+@pytest.mark.parametrize("project", PATHS)
+def test_half_precision_where_all_roundings_go_outwards(project):
+    """Scaled, one entry lies above the middle of two float16 numbers, and 4,299 so among subnormal ones."""
+    w = np.full((4300, 1), 2.0**-7, np.float16)
+    w[0] = 2047 / 1024
+    check(project, w, 0.00807286)
+    below_1000_steps = 20_000 * 2.0**-24 * (1 - 2.0**-26)
+    check(project, np.full((400, 1), 2000 * 2.0**-24, np.float16), below_1000_steps)
+
+
+@given(at_the_threshold())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_at_the_threshold(case):
+    w, c = case
+    for project in PATHS:
+        judge_at_the_threshold(w, project(w, c), c)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -15,6 +15,7 @@ from projgd import (
     Box,
     MaxNorm,
     MaxUpdate,
+    NonNegative,
     RadialBrake,
     RelativeUpdate,
     Sphere,
@@ -240,6 +241,13 @@ def test_a_box_is_held_exactly_and_tight(dtype, low, width, seed):
     assert ((got.double() - nearest).abs() <= t * max(abs(box.low), abs(box.high))).all()
     assert (box.project(got) == got).all()
     assert (box.violation(got) == 0).all()
+
+
+@pytest.mark.parametrize("set_", [NonNegative(), Box(0.0, 1.0), Box(-1.0, 0.0)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_zero_on_the_boundary_keeps_its_sign(set_, dtype):
+    x = torch.tensor([0.0, -0.0], dtype=getattr(torch, dtype))
+    assert torch.signbit(set_.project(x)).tolist() == [False, True]
 
 
 def test_a_box_keeps_nan_and_refuses_nonsense():

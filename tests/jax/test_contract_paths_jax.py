@@ -5,10 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
 
 from projgd import MaxNorm
 from projgd.optax import apply_updates, maxnorm_projection
-from tests.contract import NUMPY, TIGHT, bits, check, columns, exact_norms, judge
+from tests.contract import (
+    NUMPY,
+    TIGHT,
+    at_the_threshold,
+    bits,
+    check,
+    columns,
+    exact_norms,
+    judge,
+    judge_at_the_threshold,
+)
 
 
 def chained(w, u, c):
@@ -62,6 +73,14 @@ def test_around_the_bound(way, dtype):
         check(stepped(way), w, c)
         if dtype == "bfloat16":
             check(stepped(way, "float32"), w, c)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "traced" not in way])  # a traced c is rounded
+@given(at_the_threshold())
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_at_the_threshold(way, case):
+    w, c = case
+    judge_at_the_threshold(w, stepped(way)(w, c), c)
 
 
 @pytest.mark.parametrize("c", [1e-3, 1e4])

@@ -3,10 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 
-from projgd import MaxNorm
-from projgd.torch import ProjectedAdam, ProjectedSGD, project_after_step
-from tests.contract import NUMPY, TIGHT, bits, exact_norms, judge
+from projgd import MaxNorm, projections
+from projgd.axes import Vectors
+from projgd.torch import ProjectedAdam, ProjectedSGD, ball, project_after_step
+from tests.contract import (
+    NUMPY,
+    TIGHT,
+    at_the_threshold,
+    bits,
+    check,
+    columns,
+    exact_norms,
+    judge,
+    judge_at_the_threshold,
+)
 
 WAYS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 SHAPES = [(12, 1), (12, 7), (12, 3, 5, 5), (12, 400)]
@@ -25,6 +37,12 @@ def make(shape, dtype):
     x[0] *= 1e3 if dtype == "float16" else 1e30
     x[10, 0], x[11, -1] = np.nan, -np.inf
     return torch.nn.Parameter(torch.from_numpy(x.reshape(shape)).to(getattr(torch, dtype)))
+
+
+def parameter(w):
+    """The columns of `w` as the rows of a parameter with the same bits."""
+    ints = torch.from_numpy(np.ascontiguousarray(w.T).view(f"int{8 * w.itemsize}").copy())
+    return torch.nn.Parameter(ints.view(getattr(torch, w.dtype.name)))
 
 
 def stored(p):
@@ -71,6 +89,58 @@ def check_steps(made, dtypes, shapes, options, compiled=False):
 @pytest.mark.parametrize(("made", "options"), [(ProjectedSGD, {"momentum": 0.9}), (ProjectedAdam, {"eps": 1e-4})])
 def test_steps(made, options, way, dtype):
     check_steps(made, [dtype], SHAPES, {"lr": 0.1, **options, **WAYS[way]})
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [*((ProjectedSGD, way) for way in WAYS.values()), (ProjectedAdam, {"metric": "adaptive", "eps": 1e-4})],
+    ids=[*WAYS, "adaptive"],
+)
+@given(at_the_threshold())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_at_the_threshold(made, options, case):
+    w, c = case
+    p = parameter(w)
+    p.grad = torch.zeros_like(p)
+    made([p], lr=0.0, c=c, **options).step()
+    judge_at_the_threshold(w, stored(p), c)
+
+
+def as_on_cuda(w, c):
+    """What a CUDA tensor would get, which needs no CUDA."""
+    p = parameter(w).detach()
+    vectors = Vectors(tuple(p.shape), (1,))
+    ball._branch_free(p, ball.ball_limits(p.dtype, vectors, c), vectors.axes)
+    return stored(p)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_way_of_cuda(dtype):
+    t = TIGHT[dtype]
+    near = [0.0, 1e-3, 0.5, 1 - 3 * t, 1 - t / 9, 1.0, 1 + t / 9, 1.5, 2e3 if dtype == "float16" else 1e30, 1, 1]
+    for n in (1, 333):
+        w = columns(n, n, len(near), np.asarray(near) * C, dtype)
+        w[0, -2], w[-1, -1] = np.nan, -np.inf
+        check(as_on_cuda, w, C)
+
+
+@given(at_the_threshold(dtypes=["float32", "float16", "bfloat16"]))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_at_the_threshold_on_the_way_of_cuda(case):
+    w, c = case
+    judge_at_the_threshold(w, as_on_cuda(w, c), c)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 2048, 10**6, 2**21])
+def test_blocks_are_no_longer_than_the_guard_allows(n):
+    """Squares, sums in any order within a block, roots: no measurement would show that the bound is missed."""
+    cpu = pytest.importorskip("projgd.torch.kernels.cpu")
+    vectors = Vectors((1, n), (1,))
+    for dtype, block, blocks in (("float32", ball.BLOCK, 0), ("float64", cpu.BLOCK, -(-n // cpu.BLOCK))):
+        units = (min(n, block) + blocks) / 2 + 1
+        assert units * 2.0 ** (-24 if dtype == "float32" else -53) <= projections.guard(
+            projections.FLOATS[dtype], vectors.shape, vectors.axes
+        )
 
 
 def test_compiled_steps():
