@@ -1,90 +1,101 @@
-"""`python -m benchmarks [--quick]`: what a projected step costs against torch's fused plain one, R = projected / plain.
+"""`python -m benchmarks [--quick]`: R = time of a projected step / time of the plain one, for every way to project.
 
-Writes a table, JSON and a plot to `benchmarks/results/`. Nothing is asserted: the figures are the machine's.
+The plain step is torch's fused optimizer, the jitted step of optax with donated buffers, or Keras's own training step
+without a constraint. Writes a table, JSON and a plot to `benchmarks/results/`; with some of the fronts, workloads or
+optimizers only those rows are measured anew. Nothing is asserted: the figures are the machine's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contenders import FREE, OPTIMIZERS, PLAIN, tensors, torch_steps
-from benchmarks.timing import interleaved, machine, ratio, summary
+from benchmarks import figures, keras_step, record
+from benchmarks.timing import interleaved, ratio, summary
+from benchmarks.torch_step import OPTIMIZERS, Contenders, tensors
+from benchmarks.workloads import BOUNDS, WORKLOADS, shapes
 
-WORKLOADS = ("mlp", "small", "resnet", "gpt")
-BOUNDS = {"binding": 1.0, "free": FREE}
+Times = Mapping[Any, list[float]]
+KEY = ("front", "workload", "optimizer")
+QUICK = {
+    "torch": {"mlp": ("SGD", "Adam"), "small": ("SGD", "Adam"), "resnet": ("SGD",), "gpt": ("SGD",)},
+    "jax": {"mlp": ("SGD", "Adam")},
+    "keras": {"mlp": ("SGD",)},
+}
 
 
-def measure(workload: str, optimizer: str, bound: str, seconds: float, compiled: bool) -> list[dict[str, Any]]:
-    steps = torch_steps(optimizer, tensors(workload), BOUNDS[bound], compiled)
-    taken = interleaved(steps, seconds)
+def in_torch(workload: str, optimizer: str, seconds: float, rounds: tuple[int, int], compiled: bool) -> Times:
+    contenders = Contenders(optimizer, tensors(shapes(workload)))
+    steps: dict[Any, Any] = {(way, None): step for way, step in contenders.plain(compiled).items()}
+    for bound, c in BOUNDS.items():
+        steps |= {(way, bound): step for way, step in contenders.projected(c, compiled).items()}
+    return interleaved(steps, seconds, rounds)
+
+
+def in_jax(workload: str, optimizer: str, seconds: float, rounds: tuple[int, int]) -> Times:
+    from benchmarks.jax_step import PROJECTED, jax_steps
+
+    ways = {(way, bound): (move, c) for bound, c in BOUNDS.items() for way, move in PROJECTED.items()}
+    return interleaved(jax_steps(workload, optimizer, ways).taken, seconds, rounds)
+
+
+def rows_of(times: Times, **where: str) -> list[record.Row]:
+    """A row of the record for every way and bound; the first is the plain step."""
+    base = next(iter(times.values()))
     rows = []
-    for name, values in taken.items():
-        time, r = summary(values), ratio(values, taken[PLAIN])
-        where = {"workload": workload, "optimizer": optimizer, "bound": bound, "contender": name}
-        numbers = {"ms": time.median, "ms_spread": time.spread, "R": r.median, "R_spread": r.spread}
-        rows.append(where | numbers | {"rounds": len(values)})
+    for (way, bound), taken in times.items():
+        ms, r = summary(taken), ratio(taken, base)
+        numbers = {"ms": ms.median, "ms_spread": ms.spread, "R": r.median, "R_spread": r.spread}
+        rounded = {name: float(f"{x:.4g}") for name, x in numbers.items()}
+        rows.append({**where, "way": way, "bound": bound, **rounded, "rounds": len(taken)})
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys((r["workload"], r["bound"]) for r in rows))
-    lines = ["| optimizer | contender | " + " | ".join(f"{w}, {b}" for w, b in columns) + " |"]
-    lines.append("|" + " --- |" * (len(columns) + 2))
-    for optimizer, contender in dict.fromkeys((r["optimizer"], r["contender"]) for r in rows):
-        mine = {
-            (r["workload"], r["bound"]): r for r in rows if (r["optimizer"], r["contender"]) == (optimizer, contender)
-        }
-        cells = [f"{mine[c]['R']:.2f} ± {mine[c]['R_spread']:.2f}" if c in mine else "" for c in columns]
-        lines.append(f"| {optimizer} | {contender} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def measured(front: str, workload: str, optimizer: str, args: argparse.Namespace) -> list[record.Row]:
+    where = {"workload": workload, "optimizer": optimizer}
+    if front == "torch":
+        compiled = not args.quick or workload == "mlp"
+        return rows_of(in_torch(workload, optimizer, args.seconds, args.rounds, compiled), front="PyTorch", **where)
+    if front == "jax":
+        return rows_of(in_jax(workload, optimizer, args.seconds, args.rounds), front="JAX", **where)
+    rows = []
+    for backend in keras_step.BACKENDS if workload in keras_step.WORKLOADS else ():
+        times = keras_step.measured(backend, workload, optimizer, args.seconds, args.threads)
+        rows += rows_of(times, front=f"Keras on {backend}", **where)
+    return rows
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in rows if r["bound"] == "binding" and not r["contender"].startswith("plain")]
-    optimizers = list(dict.fromkeys(r["optimizer"] for r in rows))
-    figure, axes = plt.subplots(1, len(optimizers), figsize=(4 * len(optimizers), 4), sharey=True, squeeze=False)
-    for ax, optimizer in zip(axes[0], optimizers, strict=True):
-        mine = [r for r in rows if r["optimizer"] == optimizer]
-        for name in dict.fromkeys(r["contender"] for r in mine):
-            line = [r for r in mine if r["contender"] == name]
-            ax.plot([r["workload"] for r in line], [r["R"] for r in line], "o", label=name)
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(title=optimizer, yscale="log")
-    axes[0][0].set_ylabel("R: time of the step / torch's fused plain one")
-    axes[0][-1].legend(fontsize="small")
-    figure.savefig(path, bbox_inches="tight", dpi=120)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="under two minutes: SGD and Adam, fewer rounds")
-    parser.add_argument("--compiled", action="store_true", help="also under torch.compile (minutes to warm up)")
-    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
-    parser.add_argument("--optimizers", nargs="+", default=None, choices=list(OPTIMIZERS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--quick", action="store_true", help="under two minutes: fewer rounds, optimizers and workloads"
+    )
+    parser.add_argument("--fronts", nargs="+", choices=("torch", "jax", "keras"), default=("torch", "jax", "keras"))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
+    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS))
+    parser.add_argument("--seconds", type=float, help="for every workload and optimizer of a front")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    optimizers = args.optimizers or (["sgd", "adam"] if args.quick else list(OPTIMIZERS))
-    rows: list[dict[str, Any]] = []
-    for workload in args.workloads:
-        for optimizer in optimizers:
-            for bound in BOUNDS:
-                rows += measure(workload, optimizer, bound, 1.5 if args.quick else 8.0, args.compiled)
-    text = table(rows)
-    print(text)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(args.threads), "rows": rows}
-    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(text + "\n")
-    plot(rows, args.out.with_suffix(".png"))
+    args.seconds = args.seconds or (0.7 if args.quick else 10.0)
+    args.rounds = (3, 200) if args.quick else (7, 200)
+    out = args.out or record.RESULTS / ("quick" if args.quick else "cpu")
+    here = record.machine(args.threads)
+    rows: list[record.Row] = []
+    for front, workload in itertools.product(args.fronts, args.workloads):
+        for optimizer in args.optimizers or (QUICK[front].get(workload, ()) if args.quick else OPTIMIZERS):
+            found = measured(front, workload, optimizer, args)
+            rows = record.merged(out.with_suffix(".json"), here, found, KEY)
+            print(figures.table(found), flush=True)
+    text = figures.table(rows)
+    out.with_suffix(".md").write_text(f"{text}\n{record.described(here)}\n")
+    figures.plot(rows, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

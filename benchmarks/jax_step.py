@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,10 +85,10 @@ class Steps:
 
     held: tuple[Any, Any]
     gradients: list[jax.Array]
-    taken: dict[str, Callable[[], object]] = field(default_factory=dict)
-    extra: dict[str, int] = field(default_factory=dict)  # bytes of temporary memory
+    taken: dict[Any, Callable[[], object]] = field(default_factory=dict)
+    extra: dict[Any, int] = field(default_factory=dict)  # bytes of temporary memory
 
-    def add(self, name: str, tx: optax.GradientTransformation, move: Move) -> None:
+    def add(self, name: Any, tx: optax.GradientTransformation, move: Move) -> None:
         def step(p: Any, s: Any, g: Any) -> tuple[Any, Any]:
             u, s = tx.update(g, s, p)
             return move(p, u), s
@@ -102,12 +102,12 @@ class Steps:
         self.extra[name] = compiled.memory_analysis().temp_size_in_bytes
 
 
-def jax_steps(workload: str, optimizer: str, ways: dict[str, tuple[Callable[[float], Move], float]]) -> Steps:
-    """The plain step, and by the name of each way its move and c."""
+def jax_steps(workload: str, optimizer: str, ways: Mapping[Any, tuple[Callable[[float], Move], float]]) -> Steps:
+    """The plain step, and by the name of each way its move with its c."""
     pairs = [[jnp.asarray(outputs_last(x)) for x in start(s)] for s in shapes(workload)]
     params, tx = [p for p, _ in pairs], OPTIMIZERS[optimizer]
     steps = Steps((params, tx.init(params)), [g for _, g in pairs])
-    steps.add(PLAIN, tx, optax.apply_updates)
+    steps.add((PLAIN, None), tx, optax.apply_updates)
     for name, (way, c) in ways.items():
         steps.add(name, tx, way(c))
     return steps
@@ -120,14 +120,14 @@ def main() -> None:
     parser.add_argument("--bound", choices=list(BOUNDS), default="half binds")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    ways = {name: (way, BOUNDS[args.bound]) for name, way in (PROJECTED | OTHERS).items()}
+    ways = {(name, args.bound): (way, BOUNDS[args.bound]) for name, way in (PROJECTED | OTHERS).items()}
     steps = jax_steps(args.workload, args.optimizer, ways)
     times = interleaved(steps.taken, 0, rounds=(args.rounds, args.rounds))
     print(f"{args.optimizer} on {args.workload}, {args.bound}, {args.rounds} rounds, {jax.devices()[0].device_kind}")
     print("| | ms | R | extra MB |\n|---|---|---|---|")
-    for name, took in times.items():
-        r, extra = ratio(took, times[PLAIN]), steps.extra[name] / 1e6
-        print(f"| {name} | {summary(took).median:.2f} | {r.median:.2f} ± {r.spread:.2f} | {extra:.1f} |")
+    for way, took in times.items():
+        r, extra = ratio(took, times[PLAIN, None]), steps.extra[way] / 1e6
+        print(f"| {way[0]} | {summary(took).median:.2f} | {r.median:.2f} ± {r.spread:.2f} | {extra:.1f} |")
 
 
 if __name__ == "__main__":

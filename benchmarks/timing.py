@@ -6,15 +6,15 @@ The order changes from round to round, for who comes after whom decides what lie
 from __future__ import annotations
 
 import gc
-import platform
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Time:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]],
+    steps: Mapping[Name, Callable[[], object]],
     seconds: float,
     rounds: tuple[int, int] = (5, 200),
     before: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Milliseconds of every step by round, for about `seconds` in all; the first calls of each are not counted.
 
     `before` is called before every step, off the clock.
@@ -38,7 +38,7 @@ def interleaved(
     for step in steps.values():
         step()
         step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[Name, list[float]] = {name: [] for name in steps}
     order, dice = list(steps), random.Random(0)
     gc.collect()
     gc.disable()
@@ -66,25 +66,3 @@ def summary(values: list[float]) -> Time:
 def ratio(values: list[float], base: list[float]) -> Time:
     """Median and spread of the round-by-round quotients: what both share in a round cancels."""
     return summary([a / b for a, b in zip(values, base, strict=True)])
-
-
-def machine(threads: int) -> dict[str, object]:
-    """What the figures depend on: processor, threads, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    versions = {}
-    for package in ("torch", "numba", "triton", "jax", "optax", "keras", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(names) or None,
-        "threads": threads,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **versions,
-    }

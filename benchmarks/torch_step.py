@@ -1,0 +1,99 @@
+"""The ways to take one projected step in PyTorch, each a function without arguments.
+
+All contenders of a run share one set of parameters, gradients and optimizer state, so that a large workload fits into
+memory once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import Shape, start
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, path
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, ProjectedSGD, {"lr": 1e-3}),
+    "momentum": (torch.optim.SGD, ProjectedSGD, {"lr": 1e-3, "momentum": 0.9}),
+    "Adam": (torch.optim.Adam, ProjectedAdam, {"lr": 1e-5}),
+    "AdamW": (torch.optim.AdamW, ProjectedAdamW, {"lr": 1e-5, "weight_decay": 0.01}),
+}
+PLAIN = "plain, fused"
+Step = Callable[[], object]
+
+
+def tensors(shapes: Iterable[Shape], share: float = 0.5) -> list[Tensor]:
+    """Parameters with gradients, of which a `share` of the neurons is on the unit ball."""
+    params = []
+    for shape in shapes:
+        p, g = (torch.from_numpy(x) for x in start(shape, share))
+        params.append(p.requires_grad_())
+        p.grad = g
+    return params
+
+
+class Contenders:
+    """The ways to step `params`, plain or with a bound c."""
+
+    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
+        torch.compiler.reset()  # it compiles one method for a few objects only
+        self.params, self.matrices = params, [p for p in params if p.ndim > 1]
+        self.stock, self.ours, self.options = OPTIMIZERS[optimizer]
+        self.fused = self.stock(params, fused=True, **self.options)
+        self.fused.step()
+
+    def plain(self, compiled: bool) -> dict[str, Step]:
+        steps: dict[str, Step] = {
+            PLAIN: self.fused.step,
+            "plain, default": self._sharing(self.stock).step,
+            "plain, foreach": self._sharing(self.stock, foreach=True).step,
+        }
+        if compiled:
+            steps["plain, compiled"] = torch.compile(self._sharing(self.stock).step)
+        return steps
+
+    def projected(self, c: float, compiled: bool) -> dict[str, Step]:
+        def keras_style(p: Tensor) -> None:
+            norm = p.square().sum(dim=tuple(range(1, p.ndim)), keepdim=True).sqrt()
+            p.mul_(norm.clamp(0, c) / (norm + 1e-7))
+
+        steps: dict[str, Step] = {
+            "fused + Keras-style loop": self._then(keras_style),
+            "fused + renorm_ loop": self._then(lambda p: p.renorm_(2, 0, c)),
+            "projgd, default": self._sharing(self.ours, c=c).step,
+            "projgd, foreach": self._sharing(self.ours, c=c, foreach=True).step,
+            "projgd, fused, no numba": _without_numba(self._sharing(self.ours, c=c, fused=True).step),
+        }
+        if importlib.util.find_spec("numba"):
+            steps["projgd, fused"] = self._sharing(self.ours, c=c, fused=True).step
+        return steps | (
+            {"projgd, compiled": torch.compile(self._sharing(self.ours, c=c).step, fullgraph=True)} if compiled else {}
+        )
+
+    def _sharing(self, cls: type, **extra: object) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = cls(self.params, **self.options, **extra)
+        made.state = self.fused.state
+        return made
+
+    def _then(self, project: Callable[[Tensor], object]) -> Step:
+        @torch.no_grad()
+        def step() -> None:
+            self.fused.step()
+            for p in self.matrices:
+                project(p)
+
+        return step
+
+
+def _without_numba(step: Step) -> Step:
+    def without() -> None:
+        kept, path._numba = path._numba, lambda: path.Path("eager", "numba is hidden")
+        try:
+            step()
+        finally:
+            path._numba = kept
+
+    return without
