@@ -6,13 +6,17 @@ Importing `projgd` imports neither framework: the optimizers are loaded on first
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from projgd.axes import Split
 from projgd.config import from_config
 from projgd.constraints import Box, Constraint, MaxNorm, NonNegative, Sphere, UnitNorm
 from projgd.report import report
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
+
+if TYPE_CHECKING:
+    from projgd.optax import maxnorm_projection
+    from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD
 
 __version__ = "0.1.0"
 
@@ -29,6 +33,9 @@ __all__ = [
     "MaxNorm",
     "MaxUpdate",
     "NonNegative",
+    "ProjectedAdam",
+    "ProjectedAdamW",
+    "ProjectedSGD",
     "RadialBrake",
     "RelativeUpdate",
     "Sphere",
@@ -37,8 +44,8 @@ __all__ = [
     "UnitNorm",
     "Update",
     "from_config",
+    "maxnorm_projection",
     "report",
-    *_LAZY,
 ]
 
 

@@ -299,9 +299,10 @@ def positive(name: str, value: Scalar) -> Scalar:
         TypeError: not a number.
         ValueError: zero, negative, NaN or infinite.
     """
-    if isinstance(value, (str, bytes, bool)) or value is None:
+    is_bool = isinstance(value, bool)
+    plain = isinstance(value, (int, float)) and not is_bool  # torch.compile cannot ask a number that moves for a dtype
+    if not plain and (is_bool or isinstance(value, (str, bytes)) or value is None or _is_bool_array(value)):
         raise TypeError(f"{name}={value!r} is not a number: pass a positive one, such as {name}=4.0")
-    plain = isinstance(value, (int, float))  # torch.compile cannot ask a number that moves for a shape
     if not plain and math.prod(getattr(value, "shape", ())) != 1:
         raise TypeError(
             f"{name} is an array of shape {tuple(value.shape)}: pass one positive number, such as {name}=4.0"
@@ -318,6 +319,10 @@ def positive(name: str, value: Scalar) -> Scalar:
     if not (0 < number < math.inf):
         raise ValueError(f"{name}={number} must be positive and finite, such as {name}=4.0; pass None for no bound")
     return number
+
+
+def _is_bool_array(value: Any) -> bool:
+    return str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def norms_of(x: Array, axes: tuple[int, ...], name: str, why: str, xp: ModuleType | None = None) -> Array:

@@ -20,12 +20,15 @@ def assign(rules: Rules, names: Iterable[str]) -> dict[str, Constraint | None]:
 
     Raises:
         TypeError: a value that is neither a constraint nor None.
-        ValueError: a pattern that matches no name; it lists the nearest ones.
+        ValueError: no rules at all; a pattern that matches no name (it lists the nearest ones), or only names that
+            rules before it take.
 
     >>> from projgd import MaxNorm
     >>> assign({"head.*": None, "*.weight": MaxNorm(3.0)}, ["conv.weight", "conv.bias", "head.weight"])
     {'conv.weight': MaxNorm(c=3.0, axis='fan_in'), 'conv.bias': None, 'head.weight': None}
     """
+    if not rules:
+        raise ValueError('there are no rules, so nothing would be held: pass some, such as {"*.weight": MaxNorm(4.0)}')
     for pattern, constraint in rules.items():
         if constraint is not None and not isinstance(constraint, Constraint):
             raise TypeError(
@@ -38,16 +41,42 @@ def first_match(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, T | N
     """What the first pattern that matches it says of every name; None where none matches.
 
     Raises:
-        ValueError: a pattern that matches no name; it lists the nearest ones.
+        ValueError: a pattern that matches no name (it lists the nearest ones), or only names that patterns before it
+            take; `"*"`, what is left, may be left nothing.
     """
     names = list(names)
+    first = _first(rules, names)
     for pattern in rules:
-        if not any(matches(pattern, name) for name in names):
+        matched = [name for name in names if matches(pattern, name)]
+        if not matched:
             near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
             raise ValueError(f"the rule {pattern!r} matches no parameter; the nearest names are {', '.join(near)}")
-    return {name: next((rules[pattern] for pattern in rules if matches(pattern, name)), None) for name in names}
+        if pattern != "*" and pattern not in first.values():
+            before = ", ".join(dict.fromkeys(repr(first[name]) for name in matched))
+            raise ValueError(
+                f"the rule {pattern!r} says nothing: the first match wins, and {before} before it takes all that it "
+                f"matches, such as {matched[0]!r}. Put it first, or leave it out"
+            )
+    return {name: None if pattern is None else rules[pattern] for name, pattern in first.items()}
+
+
+def refuse_idle(rules: Rules, held: Mapping[str, bool]) -> None:
+    """Raise ValueError for a rule that holds nothing; `held` says which parameters have vectors that can be held."""
+    first = _first(rules, held)
+    for pattern, constraint in rules.items():
+        own = [name for name in held if first[name] == pattern]
+        rest = pattern == "*" and len(rules) > 1
+        if constraint is not None and own and not rest and not any(held[name] for name in own):
+            raise ValueError(
+                f"the rule {pattern!r} applies only to parameters without a fan-in, such as {own[0]!r}: "
+                "give its constraint an explicit axis (None: the whole array is one vector), or leave it out"
+            )
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a rule's pattern matches a full name."""
     return fnmatchcase(name, pattern)
+
+
+def _first(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, str | None]:
+    return {name: next((pattern for pattern in rules if matches(pattern, name)), None) for name in names}

@@ -1,10 +1,6 @@
 """Projected optimizers for PyTorch."""
 
-from projgd.torch.hooks import project_after_step
-from projgd.torch.layers import param_groups
-from projgd.torch.metrics import register_metric
-from projgd.torch.optimizers import (
-    Projected,
+from projgd.torch.classes import (
     ProjectedAdadelta,
     ProjectedAdafactor,
     ProjectedAdagrad,
@@ -20,9 +16,12 @@ from projgd.torch.optimizers import (
     ProjectedRprop,
     ProjectedSGD,
     ProjectedSparseAdam,
-    hyperball,
-    projected,
 )
+from projgd.torch.hooks import project_after_step
+from projgd.torch.hyperball import hyperball
+from projgd.torch.layers import param_groups
+from projgd.torch.metrics import register_metric
+from projgd.torch.optimizers import Projected, projected
 
 __all__ = [
     "Projected",

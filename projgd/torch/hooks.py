@@ -40,7 +40,8 @@ def project_after_step(
 
     Raises:
         TypeError: not an optimizer or a constraint, or a parameter whose dtype has no projection.
-        ValueError: a rule that matches nothing, an axis that a parameter does not have, rules without names.
+        ValueError: a rule that matches nothing or holds nothing, an axis that a parameter does not have, rules without
+            names.
 
     >>> from projgd import MaxNorm
     >>> layer = torch.nn.Linear(3, 2)
@@ -108,9 +109,13 @@ def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.
         plan = [[of_name[name] for name in group] for group in named]
     else:
         plan = [[constraint] * len(group) for group in named]
+    held = {}
     for group, constraints in zip(named, plan, strict=True):
         for (name, p), own in zip(group.items(), constraints, strict=True):
             if getattr(own, "radius", None) == "initial":
                 raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
             settings.check(own, {name: p})
+            held[name] = own is not None and own.resolve(tuple(p.shape), "out_first", name) is not None
+    if model is None and isinstance(constraint, Mapping):
+        rules.refuse_idle(constraint, held)
     return plan

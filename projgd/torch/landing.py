@@ -126,7 +126,7 @@ def _norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     """Norms with the reduced axes kept, in float64 where the device has it."""
     if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
         return projections.norm(x, axes, xp)  # type: ignore[no-any-return]
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a graph cannot look at the norms
         norm = ball.norms(x, axes)
         if bool(((norm > 1e-12) & (norm < 1e18)).all()):  # no square that counts over- or underflowed
             return norm

@@ -54,9 +54,10 @@ def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_optio
         that several layers share appears once.
 
     Raises:
-        TypeError: not a constraint, or a parameter whose dtype has no projection.
-        ValueError: a rule that matches no parameter, or none with a fan-in; an axis that a parameter does not have;
-            a lazy layer that has not run yet; a weight shared by layers whose arithmetic differs.
+        TypeError: not a module, not a constraint, or a parameter whose dtype has no projection.
+        ValueError: a rule that matches no parameter, none with a fan-in, or only those of rules before it; an axis that
+            a parameter does not have; a lazy layer that has not run yet; a weight shared by layers whose arithmetic
+            differs.
 
     Warns:
         UserWarning: a parametrized weight, where a bound on the tensor that the optimizer owns is not one on the
@@ -70,6 +71,11 @@ def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_optio
     ['0.bias', '1.bias'] None
     ['1.weight'] MaxNorm(c=3.0, axis=Split(dim=0, parts=2, over=(1, 3)))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups() reads the layers of a torch.nn.Module, not a {type(model).__name__}: pass the model, or "
+            "give the parameters to the optimizer as they are"
+        )
     groups: dict[Constraint | None, dict[str, Any]] = {}
     params = dict(model.named_parameters())
     for name, own in constraints(model, constraint).items():
@@ -93,7 +99,7 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
             settings.refuse_lazy(places[name][0].param, name)
     chosen = {name: _with_axis(own, places[name]) for name, own in wanted.items()}
     if isinstance(constraint, Mapping):
-        _refuse_idle_rules(constraint, wanted, chosen)
+        rules.refuse_idle(constraint, {name: own is not None for name, own in chosen.items()})
     _warn(places, wanted, chosen)
     return chosen
 
@@ -186,18 +192,6 @@ def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | Non
     if axis == tuple(range(1, places[0].param.ndim)):
         return own  # what "fan_in" says of any array: layers of all ranks in one group
     return dataclasses.replace(own, axis=axis)  # type: ignore[type-var]
-
-
-def _refuse_idle_rules(
-    given: Rules, wanted: Mapping[str, Constraint | None], chosen: Mapping[str, Constraint | None]
-) -> None:
-    for pattern, constraint in given.items():
-        names = [n for n in wanted if rules.matches(pattern, n)]
-        if constraint is not None and all(wanted[n] is not None and chosen[n] is None for n in names):
-            raise ValueError(
-                f"the rule {pattern!r} matches only parameters without a fan-in, such as {names[0]!r}: "
-                "give its constraint an explicit axis (None: the whole array is one vector)"
-            )
 
 
 def _warn(

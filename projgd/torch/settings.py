@@ -8,7 +8,7 @@ moved during training, like `lr`; where `constraint` is given, its own `c`, if i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,15 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
 
     Raises:
         TypeError: a constraint that is none.
-        ValueError: `c` and `constraint` both, `axis` beside `constraint`, or an unknown update or metric.
+        ValueError: `c` and `constraint` both, `axis` beside `constraint` or beside nothing, or an unknown update or
+            metric.
     """
-    given = {k: own[k] for k in KEYS if k in own}
+    given = {k: _made(own[k]) for k in KEYS if k in own}
     # A group of a projected optimizer has all keys, and is taken over as it stands.
     settings = given if len(given) == len(KEYS) else _merged(given, inherited)
+    settings["axis"] = axes.check(settings["axis"])
+    if isinstance(settings["constraint"], Constraint):
+        _agree(settings, settings["constraint"])
     constraint_of(settings)  # c, axis and constraint are checked by making the constraint in force
     if settings["update"] is not None and not isinstance(settings["update"], Update):
         raise TypeError(
@@ -47,7 +51,6 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean" or "adaptive"')
     if not isinstance(settings["without_grad"], bool):
         raise TypeError(f"without_grad={settings['without_grad']!r} is not known: pass True or False")
-    settings["axis"] = axes.check(settings["axis"])
     return settings
 
 
@@ -62,24 +65,90 @@ def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
     if "c" in given or "constraint" in given:
         settings["c"], settings["constraint"] = given.get("c"), given.get("constraint")
         if settings["constraint"] is not None:
-            settings["axis"] = getattr(settings["constraint"], "axis", "fan_in")
-            settings["c"] = getattr(settings["constraint"], "c", None)
+            settings["c"], settings["axis"] = _c_and_axis(settings["constraint"])
     if "axis" in given:
         settings["axis"] = given["axis"]
         if settings["constraint"] is not None:  # the constructor's set, with this group's axis
-            if not hasattr(settings["constraint"], "axis"):
-                raise ValueError(f"axis={given['axis']!r} has no meaning for {settings['constraint']}: leave it out")
-            settings["constraint"] = dataclasses.replace(settings["constraint"], axis=given["axis"])
+            settings["constraint"] = _replaced(settings["constraint"], axis=given["axis"])
     if ("c" in given or "constraint" in given) and settings["c"] is None and settings["constraint"] is None:
         settings |= {"update": None, "gradient": None}  # a freed group is the inner optimizer's own
     settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
     return settings
 
 
+def moved(group: Mapping[str, Any], known: Mapping[str, Any], keys: Iterable[str] = KEYS) -> set[str]:
+    """The keys under which a group has something else than `known`; a number in an array may always have moved."""
+    return {k for k in keys if not _same(group.get(k, ...), known[k])}
+
+
+def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a group in a running optimizer, in which some have been changed since they were `known`.
+
+    A set that has been replaced brings its own c and axis; a c or an axis that has been moved goes into the set.
+
+    Raises:
+        TypeError, ValueError: as `settle`; and where several changes disagree.
+    """
+    changed = {k: _made(group[k]) for k in moved(group, known)}
+    settings = {**known, **changed}
+    constraint = settings["constraint"]
+    if "constraint" in changed:
+        settings["c"], settings["axis"] = _c_and_axis(constraint)
+        if constraint is None:
+            settings |= {"axis": known["axis"]}
+            if changed.get("c") is None:
+                settings |= {"update": None, "gradient": None}
+        settings |= changed
+    elif constraint is not None and "axis" in changed:
+        settings["constraint"] = _replaced(constraint, axis=changed["axis"])
+    if "constraint" not in changed and "c" in changed and hasattr(constraint, "c"):
+        settings["constraint"] = None if changed["c"] is None else _replaced(settings["constraint"], c=changed["c"])
+    return settle(settings, {})
+
+
+def refuse_lone_axis(own: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError for an `axis` that somebody has passed, where none of the groups that it is for has a set."""
+    if "axis" in own and not own.keys() & {"c", "constraint"} and all(constraint_of(g) is None for g in groups):
+        raise ValueError(f"axis={own['axis']!r} alone holds nothing: pass c= with it, such as c=4.0")
+
+
+def _agree(settings: dict[str, Any], constraint: Constraint) -> None:
+    """Refuse a c or an axis beside a set that has another; fill in its c where none is given."""
+    c, axis = _c_and_axis(constraint)
+    if settings["c"] is None:
+        settings["c"] = c
+    wrong = ["axis"] * (settings["axis"] != axis) + ["c"] * (c is not None and positive("c", settings["c"]) != c)
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]}={settings[wrong[0]]!r} and constraint={constraint} disagree in one group: set only one of them"
+        )
+
+
+def _c_and_axis(constraint: Constraint | None) -> tuple[Any, Any]:
+    return getattr(constraint, "c", None), getattr(constraint, "axis", "fan_in")
+
+
+def _replaced(constraint: Any, **changed: Any) -> Constraint:
+    for k, value in changed.items():
+        if not hasattr(constraint, k):
+            raise ValueError(f"{k}={value!r} has no meaning for {constraint}: leave it out")
+    replaced: Constraint = dataclasses.replace(constraint, **changed)
+    return replaced
+
+
+def _made(value: Any) -> Any:
+    """A set or a shaping that lies in a group as its `config`, where a checkpoint was copied into it."""
+    return from_config(dict(value)) if isinstance(value, Mapping) and "kind" in value else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    plain = type(a) in (float, int) or not hasattr(a, "__array__")  # what has one may be written to
+    return type(a) is type(b) and plain and bool(a == b)
+
+
 def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
     """The constraint in force in a group now: its `c` may have moved since the group was made."""
-    constraint: Any = group["constraint"]
-    c = group["c"]
+    constraint, c = group["constraint"], group["c"]
     if constraint is None:
         return None if c is None else MaxNorm(c, group["axis"])
     if not isinstance(constraint, Constraint):
@@ -87,11 +156,12 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
             f"constraint={constraint!r} is no constraint: pass one such as MaxNorm(4.0); rules go through "
             "param_groups(model, rules)"
         )
-    if c is not None and not hasattr(constraint, "c"):
+    if c is None:
+        return None if hasattr(constraint, "c") else constraint
+    c = positive("c", c)
+    if not hasattr(constraint, "c"):
         raise ValueError(f"c={c} goes with MaxNorm, and {constraint} is in its group: set one of them to None")
-    if not hasattr(constraint, "c") or constraint.c == c:
-        return constraint
-    return None if c is None else dataclasses.replace(constraint, c=c)  # type: ignore[call-arg]
+    return constraint if constraint.c == c else _replaced(constraint, c=c)
 
 
 def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "the array") -> Vectors | None:
@@ -163,9 +233,4 @@ def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_plain(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """A group from a checkpoint; one that a stock optimizer wrote keeps the `current` settings."""
-    group = {**{k: current[k] for k in KEYS}, **saved}
-    for k in ("constraint", "update"):
-        if isinstance(group[k], Mapping):
-            group[k] = from_config(dict(group[k]))
-    group["axis"] = axes.check(group["axis"])
-    return group
+    return {**saved, **settle({**{k: current[k] for k in KEYS}, **saved}, {})}

@@ -100,10 +100,12 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
 
 def initial(constraint: Constraint | None, named: Mapping[str, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
     """What the set takes from the initial weights, by parameter. Raises ValueError for weights that have no norm."""
-    found = {}
+    found: dict[torch.Tensor, torch.Tensor] = {}
+    if constraint is None or type(constraint).initial is Constraint.initial:
+        return found
     for name, p in named.items():
-        vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first", name)
-        if constraint is not None and vectors is not None and not p.is_meta:
+        vectors = constraint.resolve(tuple(p.shape), "out_first", name)
+        if vectors is not None and not p.is_meta:
             taken = constraint.initial(*measurable(p, vectors, constraint), name, xp)
             if taken is not None:
                 found[p] = taken

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -119,6 +120,10 @@ def test_arrows_run_one_way(front):
         assert not {n for n in imported for o in others if n.startswith(f"projgd.{o}")}, path
         if path in core:
             assert not {n for n in imported if n.partition(".")[0] in ("torch", "jax", "optax")}, path
+
+
+def test_what_type_checkers_are_shown_also_runs():
+    runpy.run_path(str(Path(__file__).parent / "typed_user.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module")

@@ -160,8 +160,16 @@ def test_hook_with_rules_by_the_optimizers_own_names_and_by_the_model():
         assert longest(net.first.weight) <= 0.2
         assert longest(net.last.weight) <= 0.1
         assert bool((net.table.weight.norm(dim=1) > before - 0.5).all())
+    for rules, message in (
+        ({"first.*": MaxNorm(0.2), "first.weight": None}, "'first.weight' says nothing"),
+        ({}, "there are no rules"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            project_after_step(torch.optim.Adam(Net().named_parameters()), rules)
+    with pytest.raises(ValueError, match=r"'bias' applies only to parameters without a fan-in, such as 'bias'"):
+        project_after_step(torch.optim.Adam(torch.nn.Linear(2, 2).named_parameters()), {"bias": MaxNorm(1.0)})
     with pytest.raises(ValueError, match="pass model= here"):
-        project_after_step(torch.optim.Adam(Net().parameters()), rules)
+        project_after_step(torch.optim.Adam(Net().parameters()), {"first.*": MaxNorm(0.2)})
 
 
 def test_hook_follows_tensors_that_a_wrapper_puts_in_place():

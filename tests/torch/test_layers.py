@@ -317,15 +317,23 @@ def test_rules_options_and_order():
     ("rules", "message"),
     [
         ({"0.wieght": MaxNorm(3.0)}, r"'0.wieght' matches no parameter; the nearest names are 0.weight"),
-        ({"*.bias": MaxNorm(3.0)}, "matches only parameters without a fan-in, such as '0.bias'"),
+        ({"*.bias": MaxNorm(3.0)}, "applies only to parameters without a fan-in, such as '0.bias'"),
         ({"0.weight": MaxNorm(3.0, axis=2)}, "axis 2 is out of range for 0.weight"),
         ({"0.weight": 3.0}, "holds 3.0: pass a constraint"),
+        ({"*.weight": MaxNorm(3.0), "0.*": MaxNorm(4.0)}, "'0.\\*' applies only to parameters without a fan-in"),
+        ({"*": MaxNorm(3.0), "0.*": None}, "'0.\\*' says nothing"),
+        ({}, "there are no rules"),
         (3.0, "3.0 is no constraint"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(rules, message):
     with pytest.raises((ValueError, TypeError), match=message):
         param_groups(model(), rules)
+
+
+def test_tensors_are_no_model():
+    with pytest.raises(TypeError, match=r"reads the layers of a torch.nn.Module, not a list: pass the model"):
+        param_groups(list(model().parameters()), MaxNorm(3.0))
 
 
 def test_shared_weights_appear_once():
