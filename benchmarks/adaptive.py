@@ -4,19 +4,20 @@ The weights of a 784-1024-1024-2048-10 network under Adam, with c that binds on 
 never binds; the Euclidean projection beside it. All optimizers share parameters and state, and take turns.
 """
 
+from __future__ import annotations
+
 import argparse
-import itertools
-import statistics
-import time
+from collections.abc import Callable
 
 import torch
 
+from benchmarks.timing import interleaved, ratio, summary
+from benchmarks.torch_step import PLAIN
+from benchmarks.workloads import BOUNDS, Shape, shapes
 from projgd.torch import ProjectedAdam
 
-SIZES = [784, 1024, 1024, 2048, 10]
 
-
-def parameter(shape):
+def parameter(shape: Shape) -> torch.Tensor:
     """Half of the rows on the unit ball and pushed outwards by gradients of all sizes; the others inside."""
     generator = torch.Generator().manual_seed(len(shape))
     p = torch.randn(shape, generator=generator)
@@ -31,13 +32,13 @@ def parameter(shape):
     return p
 
 
-def steps(rate):
+def steps(rate: float) -> dict[str, Callable[[], object]]:
     """A function that takes one step, by name; the plain one first."""
-    params = [parameter(s) for i, o in itertools.pairwise(SIZES) for s in ((o, i), (o,))]
+    params = [parameter(s) for s in shapes("mlp")]
     plain = torch.optim.Adam(params, lr=rate, fused=True)
     plain.step()
-    found = {"plain, fused": plain.step}
-    for bound, c in (("half binds", 1.0), ("nothing binds", 1e6)):
+    found: dict[str, Callable[[], object]] = {PLAIN: plain.step}
+    for bound, c in BOUNDS.items():
         for metric in ("euclidean", "adaptive"):
             ours = ProjectedAdam(params, lr=rate, fused=True, c=c, metric=metric)
             ours.state = plain.state
@@ -45,24 +46,17 @@ def steps(rate):
     return found
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate: how far out a step goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    contenders = steps(args.rate)
-    taken = {name: [] for name in contenders}
-    for _ in range(args.rounds):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step()
-            taken[name].append(time.perf_counter() - start)
-    base = statistics.median(taken["plain, fused"])
+    taken = interleaved(steps(args.rate), 0, rounds=(args.rounds, args.rounds))
     for name, times in taken.items():
-        median = statistics.median(times)
-        print(f"{name:26}{1e3 * median:9.2f} ms   R = {median / base:.2f}")
+        r = ratio(times, taken[PLAIN])
+        print(f"{name:26}{summary(times).median:9.2f} ms   R = {r.median:.2f} ± {r.spread:.2f}")
 
 
 if __name__ == "__main__":

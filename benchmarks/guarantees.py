@@ -2,19 +2,22 @@
 
 float32, one vector a row. The plain formula is norm, clamp and multiply, in PyTorch in place and in JAX jitted, as is
 projgd's. Both take turns; a figure is the median of their round-by-round quotients and half its quartile distance.
+With `--fronts` one half of the record in `benchmarks/results/` is measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.timing import interleaved, machine, ratio
+from benchmarks import record
+from benchmarks.timing import interleaved, ratio, summary
 from projgd import MaxNorm
 from projgd.torch.project import project_params
 
@@ -49,26 +52,41 @@ def in_jax(start: np.ndarray) -> tuple[Mapping[str, Callable[[], object]], Calla
     return steps, lambda: None
 
 
+FRONTS = {"PyTorch": in_torch, "JAX": in_jax}
+
+
 @torch.no_grad()
+def measured(front: str, seconds: float) -> Iterator[record.Row]:
+    for shape, (binding, share) in itertools.product(SHAPES, BINDING.items()):
+        steps, before = FRONTS[front](rows(shape, share))
+        taken = interleaved(steps, seconds, rounds=(5, 5000), before=before)
+        ms, r = summary(taken["plain"]), ratio(taken["projgd"], taken["plain"])
+        numbers = {"R": round(r.median, 3), "R_spread": round(r.spread, 3), "plain_ms": round(ms.median, 4)}
+        yield {"front": front, "shape": list(shape), "binding": binding, **numbers}
+
+
+def table(found: list[record.Row]) -> str:
+    columns = [(f, b) for f in FRONTS for b in BINDING if any(r["front"] == f for r in found)]
+    lines = ["| | " + " | ".join(f"{f}, {b}" for f, b in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for shape in SHAPES:
+        mine = {(r["front"], r["binding"]): r for r in found if tuple(r["shape"]) == shape}
+        cells = [f"{mine[c]['R']:.2f} ± {mine[c]['R_spread']:.2f}" for c in columns]
+        lines.append(f"| {shape[0]:,} rows of {shape[1]:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3, help="for each figure")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    parser.add_argument("--fronts", nargs="+", choices=list(FRONTS), default=list(FRONTS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    fronts = {"PyTorch": in_torch, "JAX": in_jax}
-    print("| | " + " | ".join(f"{front}, {binding}" for front in fronts for binding in BINDING) + " |")
-    print("|---" * (1 + len(fronts) * len(BINDING)) + "|")
-    for shape in SHAPES:
-        cells = []
-        for front in fronts.values():
-            for share in BINDING.values():
-                steps, before = front(rows(shape, share))
-                taken = interleaved(steps, args.seconds, rounds=(5, 5000), before=before)
-                r = ratio(taken["projgd"], taken["plain"])
-                cells.append(f"{r.median:.2f} ± {r.spread:.2f}")
-        print(f"| {shape[0]:,} rows of {shape[1]:,} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\n{machine(args.threads)}")
+    here, out = record.machine(args.threads), record.RESULTS / "guarantees"
+    for front in args.fronts:
+        found = record.merged(out.with_suffix(".json"), here, list(measured(front, args.seconds)), ("front",))
+    print(table(found))
+    out.with_suffix(".md").write_text(f"{table(found)}\n\n{record.described(here)}\n")
 
 
 if __name__ == "__main__":
