@@ -33,7 +33,7 @@ def start(shape: Shape, share: float = 0.5) -> tuple[Weights, Weights]:
     bound = round(share * shape[0])
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     norms[bound:] *= 2
-    rows /= norms[:, None]
+    rows /= np.maximum(norms, 1e-30)[:, None]  # a single entry may be 0
     g = np.zeros_like(p)
     np.negative(p[:bound], out=g[:bound])
     return p, g

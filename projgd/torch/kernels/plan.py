@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from projgd.axes import Vectors
 
 Layout = tuple[int, int, int, int]  # (K0, R0, K1, R1), outermost first: K count vectors, R run along one
+Cut = Callable[[Layout, bool], tuple[int, int, int]]  # how much of R0, K1, R1 makes a tile; whether there is no vector
 
 TILE = 2048  # entries updated before their norms are taken: with gradient and state they fit the first-level cache
 LONG = 1 << 15  # a vector longer than this is cut, so that threads can share it
@@ -42,16 +43,28 @@ def layout_of(p: torch.Tensor, vectors: Vectors | None) -> Layout | None:
     return (sizes[0], sizes[1], sizes[2], sizes[3])
 
 
-def tiles(layouts: Sequence[Layout], free: Sequence[bool]) -> tuple[npt.NDArray[np.int64], int]:
-    """The rows that `kernels.cpu.step` reads, and how many sums the tiles leave that share vectors."""
+def for_cores(layout: Layout, free: bool) -> tuple[int, int, int]:
+    """Tiles about as large as a core's cache."""
+    _, r0, k1, r1 = layout
+    run = min(r1, TILE if free else LONG)
+    # About `TILE` entries, but for a strided axis whole cache lines.
+    side = max(1, TILE // r1) if r0 == 1 else min(TILE, max(1, LINES // r1, TILE * 16 // (r0 * r1)))
+    width = min(k1, side) if run == r1 else 1
+    return max(1, min(r0, LONG // (width * run), 2048)), width, run
+
+
+def tiles(layouts: Sequence[Layout], free: Sequence[bool], cut: Cut = for_cores) -> tuple[npt.NDArray[np.int64], int]:
+    """The tiles that the kernels walk over, and how many sums those leave that share vectors.
+
+    A row: tensor; k0; r0 from, to; k1 from, to; r1 from, to; the first of the tiles that share its vectors, their
+    number; the place of its own sums.
+    """
     rows: list[tuple[int, ...]] = []
     left = 0
     for k, (k0, r0, k1, r1) in enumerate(layouts):
         if free[k]:  # no vector to keep together
             k0, r0, k1, r1 = 1, 1, 1, k0 * r0 * k1 * r1
-        r1_step = min(r1, TILE if free[k] else LONG)
-        width = min(k1, _width(r0, r1)) if r1_step == r1 else 1
-        r0_step = max(1, min(r0, LONG // (width * r1_step), 2048))
+        r0_step, width, r1_step = cut((k0, r0, k1, r1), free[k])
         cuts = [
             (a, min(a + r0_step, r0), b, min(b + r1_step, r1))
             for a in range(0, r0, r0_step)
@@ -66,11 +79,6 @@ def tiles(layouts: Sequence[Layout], free: Sequence[bool]) -> tuple[npt.NDArray[
                     rows.append((k, i, a, a_end, j, end, b, b_end, first, count, left))
                     left += end - j if shared else 0
     return np.array(rows, dtype=np.int64).reshape(-1, 11), left
-
-
-def _width(r0: int, r1: int) -> int:
-    """Vectors in a tile: about `TILE` entries, but for a strided axis whole cache lines."""
-    return max(1, TILE // r1) if r0 == 1 else min(TILE, max(1, LINES // r1, TILE * 16 // (r0 * r1)))
 
 
 def ranges(table: npt.NDArray[np.int64], threads: int) -> npt.NDArray[np.int64]:
