@@ -1,7 +1,7 @@
 """The projection onto the ball, in place: what `projections.project_ball` says, at the price of a norm and a multiply.
 
 The reference scales every vector by its largest entry before it squares. Here it is squared as it is, which is right
-unless something over- or underflows; a norm that is not finite sends the whole parameter to the reference.
+unless something over- or underflows; a norm that is not finite sends the parameter through the reference, too.
 
 Norms are summed in blocks of `BLOCK` entries in float32, and from there on in float64. Whatever the order within a
 block, that errs by at most (BLOCK + 1) / 2 + 1 units (Higham, Accuracy and Stability of Numerical Algorithms, section
@@ -64,13 +64,18 @@ def ball_limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
 
 
 def _blocked(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> bool:
-    """Project `x` if all its norms are finite, and say whether they are."""
+    """Project the vectors of `x` with a finite norm, and say whether all have one.
+
+    These, too, if others have none: the next step may come here alone, and must find nothing to do.
+    """
     wide = x.float()  # x itself where it is float32
     found = norms(wide, axes)
     largest = found.max().item()
     if largest <= limits.threshold:
         return True
     if not math.isfinite(largest):
+        outside = (found > limits.threshold) & found.isfinite()
+        x.copy_(torch.where(outside, wide.mul((limits.target / found).float()).to(x.dtype), x))
         return False
     factor = torch.where(found > limits.threshold, limits.target / found, 1.0).float()
     if wide is x:
@@ -84,8 +89,8 @@ def _branch_free(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> 
     """Project `x` without reading a number back: the host never waits."""
     norms = _norm(x, dim=axes, keepdim=True, dtype=torch.float64)
     outside = (norms > limits.threshold) & norms.isfinite()
-    factor = torch.where(outside, limits.target / norms, 1.0).float()
-    x.copy_(torch.where(outside, (x * factor).to(x.dtype), x))  # half times float32 is float32
+    factor = torch.where(outside, limits.target / norms, 1.0)  # in float32, c / 3e38 may be subnormal
+    x.copy_(torch.where(outside, torch.mul(x, factor, out=torch.empty_like(x)), x))
 
 
 @dataclass(frozen=True)

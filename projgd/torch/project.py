@@ -100,12 +100,12 @@ def project_(
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
         return
-    if isinstance(constraint, MaxNorm) and skip is None and ball.takes(p):
-        if metric is None:
-            ball.project_ball_(p, constraint.c, vectors)
-            return
-        if metric_ball.project_ball_(p, constraint.c, vectors, metric):
-            return
+    fast = constraint if isinstance(constraint, MaxNorm) and skip is None and ball.takes(p) else None
+    if fast and metric is None:
+        ball.project_ball_(p, fast.c, vectors)
+        return
+    if fast and metric and metric_ball.project_ball_(p, fast.c, vectors, metric):
+        return
     w = p.clone() if torch.is_grad_enabled() else p  # differentiable: autograd keeps what the projection started from
     x = w.reshape(vectors.shape)
     projection = constraint.land(x, vectors.axes, xp)
@@ -115,6 +115,8 @@ def project_(
     if skip is not None:  # chosen on the device: reading `skip` here would wait for it
         projection = torch.where(skip.to(p.device) > 0, p, projection)
     p.copy_(projection)
+    if fast:  # whose norms may differ in the last place, and may be those of the next step
+        ball.project_ball_(p, fast.c, vectors)
 
 
 def _in_metric(

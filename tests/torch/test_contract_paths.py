@@ -34,7 +34,7 @@ def make(shape, dtype):
         * np.array([1, 1e-3, 0.5, 1 - 3 * t, 1 - t / 9, 1, 1 + t / 9, 1.5, 5, 0, 1, 1])[:, None]
         / exact_norms(x.T)[:, None]
     )
-    x[0] *= 1e3 if dtype == "float16" else 1e30
+    x[0] *= {"float16": 1e3, "float64": 1e300}.get(dtype, 1e30)
     x[10, 0], x[11, -1] = np.nan, -np.inf
     return torch.nn.Parameter(torch.from_numpy(x.reshape(shape)).to(getattr(torch, dtype)))
 
@@ -106,6 +106,39 @@ def test_at_the_threshold(made, options, case):
     judge_at_the_threshold(w, stored(p), c)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("options", [*WAYS.values(), {"metric": "adaptive", "eps": 1e-4}], ids=[*WAYS, "adaptive"])
+def test_near_the_threshold_beside_a_huge_vector(options, dtype):
+    """Which may take another way through the first step than through the second, with norms that differ by a unit."""
+    n, rows = 100, 2000
+    limits = projections.ball_limits(projections.FLOATS[dtype], (n, rows), (0,), C, np)
+    rng = np.random.default_rng(0)
+    w = columns(1, n, rows, limits.threshold, "float64") * (
+        1 + rng.uniform(-3, 3, rows) * (1 - limits.threshold / C) / 36
+    )
+    w[:, 0] *= 1e160 if dtype == "float64" else 1e30
+    w = w.astype(NUMPY[dtype])
+    p = parameter(w)
+    p.grad = torch.zeros_like(p)
+    optimizer = (ProjectedAdam if "metric" in options else ProjectedSGD)([p], lr=0.0, c=C, **options)
+    optimizer.step()
+    q = stored(p)
+    optimizer.step()
+    judge(w, q, stored(p), C)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_where_the_factor_is_subnormal(axis, way, dtype):
+    w = columns(0, 40, 8, 3e38, dtype)
+    p = torch.nn.Parameter(parameter(w).detach().T.contiguous() if axis == 0 else parameter(w).detach())
+    p.grad = torch.zeros_like(p)
+    ProjectedSGD([p], lr=0.0, c=1e-3, axis=axis, **WAYS[way]).step()
+    q = stored(p if axis == 1 else p.detach().T)
+    judge(w, q, q, 1e-3)
+
+
 def as_on_cuda(w, c):
     """What a CUDA tensor would get, which needs no CUDA."""
     p = parameter(w).detach()
@@ -122,6 +155,8 @@ def test_the_way_of_cuda(dtype):
         w = columns(n, n, len(near), np.asarray(near) * C, dtype)
         w[0, -2], w[-1, -1] = np.nan, -np.inf
         check(as_on_cuda, w, C)
+    if dtype != "float16":
+        check(as_on_cuda, columns(0, 40, 8, 3e38, dtype), 1e-3)
 
 
 @given(at_the_threshold(dtypes=["float32", "float16", "bfloat16"]))

@@ -190,15 +190,15 @@ def _add_squares(x: Any, sums: Any) -> None:
 
 @_exact
 def _scale(x: Any, factor: Any) -> None:
-    f = _as(x, factor)
+    """In float64: in float32 a factor such as 1e-3 / 3e38 is subnormal, and some per cent off."""
     for i in range(x.size):
-        _store(x, i, _load(x, i) * f)
+        _store(x, i, _as(x, _load(x, i) * factor))
 
 
 @_exact
 def _scale_each(x: Any, factors: Any) -> None:
     for i in range(x.size):
-        _store(x, i, _load(x, i) * _as(x, factors[i]))
+        _store(x, i, _as(x, _load(x, i) * factors[i]))
 
 
 @_exact
