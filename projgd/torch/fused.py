@@ -6,62 +6,38 @@ the addresses of gradients has changed.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from projgd import projections
-from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
 from projgd.torch import path
-from projgd.torch.kernels import cpu, plan
+from projgd.torch.kernels import batch
+from projgd.torch.kernels.batch import Batch
+from projgd.torch.kernels.rules import Adam, Sgd
 from projgd.torch.optimizers import Projected
 from projgd.torch.project import project_params
 from projgd.torch.settings import constraint_of
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-LIKE = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
-    torch.bfloat16: np.empty(0, np.uint16),  # numba has no bfloat16
-}
-_launch = threading.Lock()  # numba's simplest thread pool cannot be entered twice
-_ready: set[torch.dtype] = set()
-
 
 @dataclass
-class Batch:
-    """The tensors of a group that one kernel call takes: those of one dtype."""
+class Part:
+    """The parameters of a group that one kernel call takes, those of one dtype, and what their update needs."""
 
+    batch: Batch
     params: list[Tensor]
     places: list[int]  # of their gradients among those of the group
     states: list[dict[str, Tensor]]
     names: list[str]  # of the states that the kernel reads, one a row of the table from the third on
     addresses: list[list[int]]  # of these states
-    shapes: list[Vectors | None]
     table: npt.NDArray[np.int64]
     counters: npt.NDArray[np.int64]
-    layouts: npt.NDArray[np.int64]
-    tiles: npt.NDArray[np.int64]
-    left: npt.NDArray[np.float64]
     factors: npt.NDArray[np.float64]
-    limits: npt.NDArray[np.float64]
-    ranges: npt.NDArray[np.int64]
-    c: Any = None  # that the limits are for
 
     def in_place(self) -> bool:
         """Whether the states are where they were when the batch was made."""
@@ -76,8 +52,8 @@ class Plan:
     """What is known of a group: valid while its `_key` is the same and the states have not moved."""
 
     key: tuple[Any, ...]
-    batches: list[Batch]
-    covered: set[int]  # ids of the parameters in the batches
+    parts: list[Part]
+    covered: set[int]  # ids of the parameters in the parts
 
 
 def step(optimizer: Projected) -> list[dict[str, Any]]:
@@ -85,7 +61,7 @@ def step(optimizer: Projected) -> list[dict[str, Any]]:
     constraints = [constraint_of(group) for group in optimizer.param_groups]  # a bad c raises before the first write
     plans: list[Plan | None] = vars(optimizer).setdefault("_plans", [])
     plans += [None] * (len(constraints) - len(plans))
-    work: list[tuple[dict[str, Any], Batch, list[Tensor]]] = []
+    work: list[tuple[dict[str, Any], Constraint | None, Part, list[Tensor]]] = []
     rest = []
     for i, (group, constraint) in enumerate(zip(optimizer.param_groups, constraints, strict=True)):
         known = None
@@ -94,15 +70,13 @@ def step(optimizer: Projected) -> list[dict[str, Any]]:
             grads = [p.grad for p in params]
             known = plans[i]
             key = _key(optimizer, group, constraint, params, grads)
-            if known is None or known.key != key or not all(b.in_place() for b in known.batches):
+            if known is None or known.key != key or not all(part.in_place() for part in known.parts):
                 known = plans[i] = _plan(optimizer, group, constraint, params, grads)
-            for batch in known.batches:
-                _limit(batch, constraint)
-                work.append((group, batch, [grads[j] for j in batch.places]))
+            work += [(group, constraint, part, [grads[j] for j in part.places]) for part in known.parts]
         if known is None or len(known.covered) < len(group["params"]):
             rest.append(_without(group, known.covered if known else set()))
-    for group, batch, grads in work:
-        _run(optimizer, group, batch, grads)
+    for group, constraint, part, grads in work:
+        _run(optimizer, group, constraint, part, grads)
     return [group for group in rest if group["without_grad"] or any(p.grad is not None for p in group["params"])]
 
 
@@ -121,6 +95,7 @@ def _key(
         list(map(id, optimizer.state.values())),
         list(map(id, params)),
         [p.data_ptr() for p in params],
+        [p.stride() for p in params],
         [g.stride() if g.layout is torch.strided else None for g in grads],
     )
 
@@ -141,7 +116,7 @@ def _plan(
     for j, (p, g) in enumerate(zip(params, grads, strict=True)):
         if path.of_param(p, g, constraint) and _has_usual_state(optimizer, p, names):
             places.setdefault(p.dtype, []).append(j)
-    batches = []
+    parts = []
     for chosen in places.values():
         mine = [params[j] for j in chosen]
         fresh = [p for p in mine if not optimizer.state.get(p)]
@@ -154,44 +129,36 @@ def _plan(
                 starts[i] = optimizer.state[p].get("momentum_buffer") is None
                 if starts[i]:
                     optimizer.state[p]["momentum_buffer"] = torch.empty_like(grads[j])
-        batches.append(_batch(optimizer, constraint, mine, chosen, names, starts))
-    covered = {id(p) for batch in batches for p in batch.params}
-    return Plan(_key(optimizer, group, constraint, params, grads), batches, covered)
+        parts.append(_part(optimizer, constraint, mine, chosen, names, starts))
+    covered = {id(p) for part in parts for p in part.params}
+    return Plan(_key(optimizer, group, constraint, params, grads), parts, covered)
 
 
-def _batch(
+def _part(
     optimizer: Projected,
     constraint: Constraint | None,
     params: list[Tensor],
     places: list[int],
     names: list[str],
     starts: list[bool],
-) -> Batch:
-    shapes = [None if constraint is None else constraint.resolve(tuple(p.shape), "out_first") for p in params]
-    layouts = [plan.layout_of(p, v) or (1, 1, 1, p.numel()) for p, v in zip(params, shapes, strict=True)]
-    tiles, left = plan.tiles(layouts, [v is None for v in shapes])
+) -> Part:
+    vectors = [None if constraint is None else constraint.resolve(tuple(p.shape), "out_first") for p in params]
     states = [optimizer.state[p] for p in params] if names else []
     addresses = [[s[name].data_ptr() for s in states] for name in names]
     weights = [p.data_ptr() for p in params]
-    table = np.array([weights, weights, *addresses, *[weights] * (3 - len(names))], dtype=np.int64)
     counters = [s["step"].data_ptr() for s in states if "step" in s]
     factors = np.zeros((len(params), 2))
     factors[:, 0] = starts
-    return Batch(
+    return Part(
+        batch=batch.batch(params[0].dtype, [path.memory(p) for p in params], vectors),
         params=params,
         places=places,
         states=states,
         names=names,
         addresses=addresses,
-        shapes=shapes,
-        table=table,
+        table=np.array([weights, weights, *addresses, *[weights] * (3 - len(names))], dtype=np.int64),
         counters=np.array(counters, dtype=np.int64),
-        layouts=np.array(layouts, dtype=np.int64),
-        tiles=tiles,
-        left=np.empty(left),
         factors=factors,
-        ranges=np.empty(0, dtype=np.int64),
-        limits=np.full((len(params), 3), np.inf),
     )
 
 
@@ -208,63 +175,30 @@ def _has_usual_state(optimizer: Projected, p: Tensor, names: list[str]) -> bool:
     return counted and all(name in state and path.alike(state[name], p) for name in names)
 
 
-def _limit(batch: Batch, constraint: Constraint | None) -> None:
-    """Bring the guard bands up to date with c."""
-    if not isinstance(constraint, MaxNorm) or batch.c == constraint.c:
-        return
-    known: dict[Vectors, tuple[float, float, float]] = {}
-    for k, (p, vectors) in enumerate(zip(batch.params, batch.shapes, strict=True)):
-        if vectors is None:
-            continue
-        if vectors not in known:
-            kind = projections.float_type(p)
-            bands = projections.ball_limits(kind, vectors.shape, vectors.axes, float(constraint.c), np)
-            known[vectors] = bands.threshold, bands.target, 0.0
-        batch.limits[k] = known[vectors]
-    batch.c = constraint.c
+def _run(
+    optimizer: Projected, group: dict[str, Any], constraint: Constraint | None, part: Part, grads: list[Tensor]
+) -> None:
+    part.table[1] = [g.data_ptr() for g in grads]
+    sgd = optimizer.inner is SGD
+    rule = _sgd(group) if sgd else _adam(group)
+    c = constraint.c if isinstance(constraint, MaxNorm) else None
+    overflowed = part.batch.run(c, part.table, rule, part.counters, part.factors)
+    if sgd:
+        part.factors.fill(0)
+    project_params([part.params[k] for k in overflowed], constraint)
+    torch.autograd.graph.increment_version(part.params)
 
 
-def _run(optimizer: Projected, group: dict[str, Any], batch: Batch, grads: list[Tensor]) -> None:
-    batch.table[1] = [g.data_ptr() for g in grads]
-    kind = cpu.SGD if optimizer.inner is SGD else cpu.ADAM
-    h = np.array([float(x) for x in (_sgd_numbers(group) if kind == cpu.SGD else _adam_numbers(group))])
-    dtype = batch.params[0].dtype
-    first = contextlib.nullcontext() if dtype in _ready else _alone()
-    with _launch, first, _threads() as threads:
-        if len(batch.ranges) != threads + 1:
-            batch.ranges = plan.ranges(batch.tiles, threads)
-        cpu.run(
-            kind,
-            LIKE[dtype],
-            batch.table,
-            batch.counters,
-            batch.layouts,
-            batch.tiles,
-            batch.ranges,
-            batch.limits,
-            h,
-            batch.factors,
-            batch.left,
-        )
-    _ready.add(dtype)
-    if kind == cpu.SGD:
-        batch.factors.fill(0)
-    for k in np.flatnonzero(batch.limits[:, 2] == 1):
-        batch.limits[k, 2] = 0
-        project_params([batch.params[k]], constraint_of(group))
-    torch.autograd.graph.increment_version(batch.params)
+def _sgd(group: dict[str, Any]) -> Sgd:
+    sign, undamped = -1 if group["maximize"] else 1, 1 - group["dampening"]
+    numbers = group["lr"], group["momentum"], undamped, group["weight_decay"], sign, group["nesterov"]
+    return Sgd(*map(float, numbers))
 
 
-def _sgd_numbers(group: dict[str, Any]) -> tuple[Any, ...]:
-    sign = -1 if group["maximize"] else 1
-    undamped = 1 - group["dampening"]
-    return group["lr"], group["momentum"], undamped, group["weight_decay"], sign, group["nesterov"]
-
-
-def _adam_numbers(group: dict[str, Any]) -> tuple[Any, ...]:
+def _adam(group: dict[str, Any]) -> Adam:
     sign = -1 if group["maximize"] else 1
     ways = group["decoupled_weight_decay"], group["amsgrad"]
-    return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], sign, *ways)
+    return Adam(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"], sign, *ways)))
 
 
 def _without(group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
@@ -277,28 +211,3 @@ def _without(group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
         "fused": fused,
         **{k: [group[k][j] for j in left] for k in ("params", "param_names") if k in group},
     }
-
-
-@contextlib.contextmanager
-def _threads() -> Iterator[int]:
-    """As many threads as torch uses; numba's own setting is put back."""
-    before = numba.get_num_threads()
-    threads = min(torch.get_num_threads(), cast("Any", numba.config).NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    try:
-        yield threads
-    finally:
-        numba.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """One process at a time compiles, and the others find the result: numba's index is not made for several writers."""
-    directory = cpu.run.stats.cache_path
-    if fcntl is None or directory is None:
-        yield
-        return
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with (Path(directory) / "projgd.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock

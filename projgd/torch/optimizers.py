@@ -132,12 +132,12 @@ class Projected(Optimizer):
         return loss
 
     def projection_path(self) -> dict[str, path.Path]:
-        """The path that each parameter takes, "fused" or "eager", and why, by the parameter's name.
+        """The path that each parameter takes, "fused", "kernel" or "eager", and why, by the parameter's name.
 
         >>> layer = torch.nn.Linear(3, 2)
         >>> opt = projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0)
-        >>> print(opt.projection_path()["weight"])
-        eager: fused=True was not passed
+        >>> print(opt.projection_path()["bias"])
+        eager: it has no fan-in: nothing of it is projected
         """
         self._settle()
         return path.by_parameter(self)

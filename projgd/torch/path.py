@@ -1,16 +1,20 @@
-"""Which way a step is taken. The one place that chooses between a fused kernel and the eager path."""
+"""Which way a step and its projection are taken. The one place that chooses between the kernels and the eager path."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import SGD, Adam, AdamW
 
+from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
 from projgd.torch.settings import constraint_of, named
 
@@ -20,13 +24,19 @@ if TYPE_CHECKING:
 KERNELS = (SGD, Adam, AdamW)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
+Memory = tuple[type, torch.device, torch.dtype, torch.Size, tuple[int, ...]]
+"""What a kernel must know of a tensor but its address: class, device, dtype, shape and strides."""
+
 
 @dataclass(frozen=True)
 class Path:
-    """How a parameter is stepped and projected: `name` is "fused" (one kernel does both) or "eager"; and why.
+    """How a parameter is stepped and projected, and why.
 
-    >>> print(Path("eager", "fused=True was not passed"))
-    eager: fused=True was not passed
+    `name` is "fused" (one kernel updates and projects), "kernel" (one projects, after the optimizer's own step) or
+    "eager" (operations of PyTorch).
+
+    >>> print(Path("eager", "it is on cuda, and the kernels run on a CPU"))
+    eager: it is on cuda, and the kernels run on a CPU
     """
 
     name: str
@@ -36,7 +46,7 @@ class Path:
         return f"{self.name}: {self.why}"
 
     def __bool__(self) -> bool:
-        return self.name == "fused"
+        return self.name != "eager"
 
 
 FUSED = Path("fused", "one numba kernel updates and projects all tensors of the group")
@@ -51,15 +61,53 @@ def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]]
     return fused.step
 
 
+def projector(constraint: Constraint) -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]] | None:
+    """The function that takes what it can of a projection in a kernel; None where nothing can be."""
+    return _projector() if of_projection(constraint) else None
+
+
+@functools.cache
+def _projector() -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]]:
+    from projgd.torch.kernels import batch
+
+    return batch.project
+
+
 def by_parameter(optimizer: Projected) -> dict[str, Path]:
     """The path that every parameter takes, by name, with its present gradient if it has one."""
     paths = {}
     for i, group in enumerate(optimizer.param_groups):
         constraint = constraint_of(group)
-        chosen = of_optimizer(optimizer) and of_group(group, constraint)
+        fused = of_optimizer(optimizer) and of_group(group, constraint)
+        after = _after_step(optimizer, group, constraint)
         for name, p in named(group, i).items():
-            paths[name] = chosen and of_param(p, p.grad, constraint)
+            whole = fused and of_param(p, p.grad, constraint)
+            paths[name] = whole if whole else _alone(after, whole, p, constraint)
     return paths
+
+
+def _after_step(optimizer: Projected, group: Mapping[str, Any], constraint: Constraint | None) -> Path:
+    """Whether the projection after the optimizer's own step may be a kernel's."""
+    if constraint is None:
+        return Path("eager", "there is no constraint")
+    if group["metric"] != "euclidean":
+        return Path("eager", "the kernels know the Euclidean metric only")
+    if getattr(optimizer, "found_inf", None) is not None:
+        return Path("eager", "GradScaler has a say in this step")
+    if optimizer.defaults.get("differentiable"):
+        return Path("eager", "differentiable=True was passed")
+    with torch.no_grad():
+        return of_projection(constraint)
+
+
+def _alone(after: Path, whole: Path, p: torch.Tensor, constraint: Constraint | None) -> Path:
+    if not after or constraint is None:
+        return after
+    vectors = constraint.resolve(tuple(p.shape), "out_first")
+    if vectors is None:
+        return Path("eager", "it has no fan-in: nothing of it is projected")
+    found = of_memory(memory(p), vectors)
+    return Path("kernel", f"one numba kernel projects, after the optimizer's own step: {whole.why}") if found else found
 
 
 def of_optimizer(optimizer: Projected) -> Path:
@@ -79,10 +127,8 @@ def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:
     """What the settings of a group allow."""
     if not group.get("fused"):
         return Path("eager", "fused=True was not passed for its group")
-    if constraint is not None and type(constraint) is not MaxNorm:
-        return Path("eager", f"the kernels know MaxNorm, not {type(constraint).__name__}")
-    if isinstance(constraint, MaxNorm) and not 2.0**-400 < constraint.c < 2.0**400:
-        return Path("eager", f"the squares of c={constraint.c} are near the ends of float64")
+    if constraint is not None and not (known := _of_set(constraint)):
+        return known
     if group["update"] is not None or group["gradient"] is not None or group["metric"] != "euclidean":
         return Path("eager", "the kernels take gradient and update as they come, and the Euclidean metric")
     if group.get("capturable"):
@@ -90,25 +136,51 @@ def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:
     return FUSED
 
 
+def of_projection(constraint: Constraint) -> Path:
+    """What the set, the machine and this moment allow."""
+    if torch.compiler.is_compiling():
+        return Path("eager", "torch.compile makes its own kernels")
+    if torch.is_grad_enabled():
+        return Path("eager", "autograd follows the projection")
+    return _of_set(constraint) and _numba()
+
+
+def _of_set(constraint: Constraint) -> Path:
+    if type(constraint) is not MaxNorm:
+        return Path("eager", f"the kernels know MaxNorm, not {type(constraint).__name__}")
+    if not 2.0**-400 < constraint.c < 2.0**400:
+        return Path("eager", f"the squares of c={constraint.c} are near the ends of float64")
+    return FUSED
+
+
 def of_param(p: torch.Tensor, grad: torch.Tensor | None, constraint: Constraint | None) -> Path:
     """What a parameter, its memory and its gradient allow."""
+    found = of_memory(memory(p), None if constraint is None else constraint.resolve(tuple(p.shape), "out_first"))
+    if found and grad is not None and not alike(grad, p):
+        return Path("eager", "its gradient is sparse, or not laid out in memory as the parameter is")
+    return found
+
+
+def memory(p: torch.Tensor) -> Memory:
+    """The `Memory` of a dense tensor."""
+    return type(p), p.device, p.dtype, p.shape, p.stride()
+
+
+def of_memory(memory: Memory, vectors: Vectors | None) -> Path:
+    """What the memory of a tensor allows; with `vectors` None it is not projected."""
     from projgd.torch.kernels import plan
 
-    if type(p) not in (torch.Tensor, torch.nn.Parameter):
-        return Path("eager", f"it is a {type(p).__name__}")
-    if p.device.type != "cpu":
-        return Path("eager", f"it is on {p.device.type}, and the kernels run on a CPU")
-    if p.dtype not in DTYPES:
-        return Path(
-            "eager", f"the kernels know float32, bfloat16 and float64, not {str(p.dtype).removeprefix('torch.')}"
-        )
-    vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first")
-    if p.numel() == 0 or plan.layout_of(p, vectors) is None:
+    cls, device, dtype, shape, stride = memory
+    if cls not in (torch.Tensor, torch.nn.Parameter):
+        return Path("eager", f"it is a {cls.__name__}")
+    if device.type != "cpu":
+        return Path("eager", f"it is on {device.type}, and the kernels run on a CPU")
+    if dtype not in DTYPES:
+        return Path("eager", f"the kernels know float32, bfloat16 and float64, not {str(dtype).removeprefix('torch.')}")
+    if 0 in shape or plan.layout_of(shape, stride, vectors) is None:
         return Path("eager", "its memory has gaps, or its vectors lie in it in no regular way")
-    if p.dtype == torch.float64 and vectors is not None and vectors.length > 2**21:
+    if dtype == torch.float64 and vectors is not None and vectors.length > 2**21:
         return Path("eager", "its vectors are too long for a sum in float64 that is known to be good enough")
-    if grad is not None and not alike(grad, p):
-        return Path("eager", "its gradient is sparse, or not laid out in memory as the parameter is")
     return FUSED
 
 
@@ -122,8 +194,29 @@ def alike(a: torch.Tensor, p: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
 def _numba() -> Path:
+    if _forked:
+        return Path("eager", "this process was forked from one in which numba's threads had been at work")
+    return _found()
+
+
+@functools.cache
+def _found() -> Path:
     if importlib.util.find_spec("numba") is None or importlib.util.find_spec("numpy") is None:
         return Path("eager", 'numba is not installed: pip install "projgd[fast]"')
     return FUSED
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    """In the child of a fork: threads that numba started are not there, and waiting for them would never end."""
+    global _forked
+    numba: Any = sys.modules.get("numba")
+    with contextlib.suppress(ValueError):  # raised where no threads were started
+        _forked = _forked or (numba is not None and bool(numba.threading_layer()))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -11,7 +11,7 @@ import torch
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import ball, metric_ball, sharded
+from projgd.torch import ball, metric_ball, path, sharded
 from projgd.torch.metrics import Metric, Pick
 from projgd.torch.settings import constraint_of
 from projgd.torch.sparse import MovedRows
@@ -46,17 +46,18 @@ def project_params(
     """
     if constraint is None:
         return
-    spread = []
+    params = list(params)
+    whole, spread = [], []
     for p in params:
         if not sharded.is_dtensor(p):
             own = constraint.bind(initial[p]) if initial and p in initial else constraint
             moved = rows.of(p, constraint) if rows and own is constraint else None
-            if moved is None:
-                project_(p, own, skip, metric)
-            else:
+            if moved is not None:
                 _project_rows(p, moved, constraint, skip, metric)
-            if rows and skip is None:
-                rows.projected(p, constraint)
+            elif own is constraint:
+                whole.append(p)
+            else:
+                project_(p, own, skip, metric)
         elif initial and p in initial:
             sharded.project([p], constraint.bind(initial[p].reshape(-1)), skip)
         elif sharded.crossed(p, constraint):
@@ -64,9 +65,23 @@ def project_params(
             sharded.check_spread(p, constraint, "euclidean" if metric is None else "adaptive", "a parameter")
             spread.append(p)
         elif p.to_local().numel():
-            project_(p.to_local(), constraint, skip, metric and _of_shard(p, metric))
+            project_whole([p.to_local()], constraint, skip, metric and _of_shard(p, metric))
+    project_whole(whole, constraint, skip, metric)
     if spread:
         sharded.project(spread, constraint, skip)
+    if rows and skip is None:
+        for p in params:
+            rows.projected(p, constraint)
+
+
+def project_whole(
+    params: Sequence[torch.Tensor], constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
+) -> None:
+    """What a kernel can take in one call, the others one by one."""
+    if skip is None and metric is None and (kernel := path.projector(constraint)):
+        params = kernel(params, constraint)
+    for p in params:
+        project_(p, constraint, skip, metric)
 
 
 def _project_rows(
@@ -77,7 +92,7 @@ def _project_rows(
         return diagonal if diagonal is None or pick is None else pick(diagonal)
 
     x = p.index_select(0, moved)
-    project_(x, constraint, skip, metric and of)
+    project_whole([x], constraint, skip, metric and of)
     p.index_copy_(0, moved, x)  # a row that is there twice is the same twice
 
 

@@ -46,7 +46,7 @@ WAYS = [
 
 
 def batch_of(params, vectors):
-    layouts = [plan.layout_of(p, v) for p, v in zip(params, vectors, strict=True)]
+    layouts = [plan.layout_of(p.shape, p.stride(), v) for p, v in zip(params, vectors, strict=True)]
     return gpu_batch.Batch(params[0].dtype, DEVICE, layouts, [v is None for v in vectors])
 
 

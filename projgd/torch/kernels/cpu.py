@@ -1,4 +1,4 @@
-"""The fused step on a CPU: update, norm and rescaling of a vector while it is in cache, all tensors in one call.
+"""The step and the projection on a CPU: update, norm and rescaling of a vector in cache, all tensors in one call.
 
 Memory is seen as (K0, R0, K1, R1): the axes R make a vector, the axes K count vectors. Rows are (1, 1, rows, length),
 columns (1, length, columns, 1), a transposed convolution (1, in, out, kernel), grouped (groups, in, out, kernel). The
@@ -23,7 +23,8 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload, register_jitable
 
-SGD, ADAM = 0, 1
+from projgd.torch.kernels.rules import Adam, Sgd
+
 BLOCK = 2048
 MAX_WIDTH = 2048  # vectors in a tile
 TENSOR, K0, R0_FROM, R0_TO, K1_FROM, K1_TO, R1_FROM, R1_TO, FIRST, COUNT, PLACE = range(11)  # the columns of `tiles`
@@ -122,10 +123,12 @@ def _as_of(x: Any, value: Any) -> Any:
 
 
 @_exact
-def _sgd(p: Any, g: Any, m: Any, h: Any, first: bool) -> None:
-    """torch.optim.SGD on a run of memory. h: lr, momentum, 1 - dampening, weight decay, sign, nesterov."""
-    lr, momentum, undamped, decay, sign = _as(p, h[0]), _as(p, h[1]), _as(p, h[2]), _as(p, h[3]), _as(p, h[4])
-    nesterov = h[5] != 0
+def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> None:
+    """torch.optim.SGD on a run of memory."""
+    p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
+    m, first = _view(table[2, k], start, size, like), factors[k, 0] != 0
+    lr, momentum, undamped = _as(p, h.lr), _as(p, h.momentum), _as(p, h.undamped)
+    decay, sign, nesterov = _as(p, h.decay), _as(p, h.sign), h.nesterov != 0
     for i in range(p.size):
         w = _load(p, i)
         d = sign * _load(g, i)
@@ -139,12 +142,15 @@ def _sgd(p: Any, g: Any, m: Any, h: Any, first: bool) -> None:
 
 
 @_exact
-def _adam(p: Any, g: Any, m: Any, v: Any, x: Any, h: Any, size: Any, root: Any) -> None:
-    """torch.optim.Adam and AdamW on a run. h: lr, beta1, beta2, eps, weight decay, sign, decoupled, amsgrad."""
-    beta2, eps, decay, sign = _as(p, h[2]), _as(p, h[3]), _as(p, h[4]), _as(p, h[5])
-    weight1, weight2, shrink = _as(p, 1 - h[1]), _as(p, 1 - h[2]), _as(p, 1 - h[0] * h[4])
-    decoupled, amsgrad = h[6] != 0, h[7] != 0
-    size, root = _as(p, -size), _as(p, root)
+def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> None:
+    """torch.optim.Adam and AdamW on a run of memory."""
+    p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
+    m, v = _view(table[2, k], start, size, like), _view(table[3, k], start, size, like)
+    x = _view(table[4, k], start, size, like)
+    beta2, eps, decay, sign = _as(p, h.beta2), _as(p, h.eps), _as(p, h.decay), _as(p, h.sign)
+    weight1, weight2, shrink = _as(p, 1 - h.beta1), _as(p, 1 - h.beta2), _as(p, 1 - h.lr * h.decay)
+    decoupled, amsgrad = h.decoupled != 0, h.amsgrad != 0
+    rate, root = _as(p, -factors[k, 0]), _as(p, factors[k, 1])
     near, beyond = weight1 < 0.5, weight1 - _as(p, 1.0)  # torch.lerp starts from the nearer end
     for i in range(p.size):
         w = _load(p, i)
@@ -163,7 +169,7 @@ def _adam(p: Any, g: Any, m: Any, v: Any, x: Any, h: Any, size: Any, root: Any) 
             most = _load(x, i)
             b = most if most > b else b
             _store(x, i, b)
-        _store(p, i, w + size * a / (np.sqrt(b) / root + eps))
+        _store(p, i, w + rate * a / (np.sqrt(b) / root + eps))
 
 
 @njit(error_model="numpy", fastmath={"reassoc"})
@@ -210,9 +216,32 @@ def _count(counters: Any, h: Any, factors: Any) -> None:
         counter[0] += np.float32(1)
         if k == 0 or counter[0] != step:
             step = counter[0]
-            size = h[0] / (1 - h[1] ** np.float64(step))
-            root = math.sqrt(1 - h[2] ** np.float64(step))
+            size = h.lr / (1 - h.beta1 ** np.float64(step))
+            root = math.sqrt(1 - h.beta2 ** np.float64(step))
         factors[k, 0], factors[k, 1] = size, root
+
+
+def _begin(h: Any, counters: Any, factors: Any) -> None:
+    """What a step does once."""
+
+
+def _update(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> None:
+    """The update of a run of memory of tensor k; none where `h` is None."""
+
+
+@overload(_begin, strict=False)
+def _begin_of(h: Any, counters: Any, factors: Any) -> Any:
+    if getattr(h, "instance_class", None) is Adam:
+        return lambda h, counters, factors: _count(counters, h, factors)
+    return lambda h, counters, factors: None
+
+
+@overload(_update, strict=False)
+def _update_of(h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any) -> Any:
+    rule: Any = {Sgd: _sgd, Adam: _adam}.get(getattr(h, "instance_class", type(None)))
+    if rule is None:
+        return lambda h, table, k, start, size, factors, like: None
+    return lambda h, table, k, start, size, factors, like: rule(h, table, k, start, size, factors, like)
 
 
 @_exact
@@ -241,37 +270,35 @@ def _rescale(sums: Any, address: int, tile: Any, layout: Any, limit: Any, scales
 
 
 def step(
-    kind: int,
+    h: Any,
     like: Any,
     table: Any,
     counters: Any,
+    factors: Any,
     layouts: Any,
     tiles: Any,
     ranges: Any,
     limits: Any,
-    h: Any,
-    factors: Any,
     left: Any,
 ) -> None:
-    """One optimizer step with its projection, for all tensors.
+    """One optimizer step and its projection, for all tensors; or the projection alone.
 
     Args:
-        kind: `SGD` or `ADAM`.
+        h: the rule of the update with its hyperparameters, `Sgd` or `Adam`; None for no update. Compiled for each.
         like: an empty array of the stored dtype.
-        table: int64 (operands, tensors): addresses of parameter, gradient and three states.
-        counters: int64 (tensors,): addresses of Adam's step counts; SGD: empty.
+        table: int64 (operands, tensors): addresses of parameter, gradient and three states; without an update of
+            the parameter alone.
+        counters: int64 (tensors,): addresses of Adam's step counts; otherwise empty.
+        factors: float64 (tensors, 2): Sgd: 1 in the first column where the momentum starts; Adam: written here.
         layouts: int64 (tensors, 4): (K0, R0, K1, R1).
         tiles: int64 (tiles, 11), the columns as named above; FIRST and COUNT are the tiles that share its vectors,
             PLACE is where its sums lie in `left`.
         ranges: int64 (threads + 1,): which tiles are whose.
         limits: float64 (tensors, 3): threshold and target; an infinite threshold leaves a tensor free. The third
             becomes 1 where the squares of float64 numbers overflowed: that tensor is left to `projections`.
-        h: float64, the hyperparameters.
-        factors: float64 (tensors, 2): SGD: 1 in the first column where the momentum starts; Adam: written here.
         left: float64, room for the sums of the tiles that share vectors; empty if none do.
     """
-    if kind == ADAM:
-        _count(counters, h, factors)
+    _begin(h, counters, factors)
     for t in prange(len(ranges) - 1):
         sums = np.zeros(MAX_WIDTH)
         scales = np.ones(MAX_WIDTH)
@@ -286,17 +313,10 @@ def step(
             for r in range(tile[R0_FROM], tile[R0_TO]):
                 start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
                 size = width * run
-                p = _view(table[0, k], start, size, like)
-                g = _view(table[1, k], start, size, like)
-                m = _view(table[2, k], start, size, like)
-                if kind == SGD:
-                    _sgd(p, g, m, h, factors[k, 0] != 0)
-                else:
-                    v = _view(table[3, k], start, size, like)
-                    x = _view(table[4, k], start, size, like)
-                    _adam(p, g, m, v, x, h, factors[k, 0], factors[k, 1])
+                _update(h, table, k, start, size, factors, like)
                 if free:
                     continue
+                p = _view(table[0, k], start, size, like)
                 if run == 1:
                     _add_squares(p, sums)
                 else:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from projgd.axes import Vectors
 
@@ -19,19 +18,16 @@ LONG = 1 << 15  # a vector longer than this is cut, so that threads can share it
 LINES = 64  # columns side by side in one tile, at least: whole cache lines
 
 
-def layout_of(p: torch.Tensor, vectors: Vectors | None) -> Layout | None:
-    """The memory of `p` as (K0, R0, K1, R1); None where it has gaps or more changes between the two kinds of axes."""
-    shape: Sequence[int] = p.shape if vectors is None else vectors.shape
-    if p.is_contiguous():
-        strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
-    elif tuple(shape) == tuple(p.shape):
-        strides = list(p.stride())
-    else:
-        return None
-    axes = sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: strides[a])
+def layout_of(shape: Sequence[int], stride: Sequence[int], vectors: Vectors | None) -> Layout | None:
+    """A tensor's memory as (K0, R0, K1, R1); None where it has gaps or more changes between the two kinds of axes."""
+    if vectors is not None and tuple(shape) != vectors.shape:  # an axis was cut
+        steps = _steps(shape)
+        if any(n != 1 and step != found for n, step, found in zip(shape, steps, stride, strict=True)):
+            return None
+        shape, stride = vectors.shape, _steps(vectors.shape)
     sizes, slot, expected = [1, 1, 1, 1], 3, 1
-    for a in axes:
-        if strides[a] != expected:
+    for a in sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: stride[a]):
+        if stride[a] != expected:
             return None
         expected *= shape[a]
         along = vectors is None or a in vectors.axes
@@ -41,6 +37,11 @@ def layout_of(p: torch.Tensor, vectors: Vectors | None) -> Layout | None:
             return None
         sizes[slot] *= shape[a]
     return (sizes[0], sizes[1], sizes[2], sizes[3])
+
+
+def _steps(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous array."""
+    return [math.prod(shape[a + 1 :]) for a in range(len(shape))]
 
 
 def for_cores(layout: Layout, free: bool) -> tuple[int, int, int]:
