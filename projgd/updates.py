@@ -108,8 +108,9 @@ class RelativeUpdate(Update):
 
     So lr is the angle (in radians, while small) that a step turns the weights by, and the scale of the inner
     optimizer's update does not matter: the step of Hyperball (Wen, Dang, Lyu, Ma, Liang 2026, arXiv 2606.16899) where
-    the set is `Sphere("initial")`, of Nero (Liu et al. 2021, arXiv 2102.07227) and LARS (You et al. 2017, arXiv
-    1708.03888). A zero update stays zero; a zero weight vector has no length to offer and is refused.
+    the set is `Sphere("initial")`. Nero (Liu et al. 2021, arXiv 2102.07227) divides by a running mean of ‖u‖ instead,
+    LARS (You et al. 2017, arXiv 1708.03888) the gradient before the momentum. A zero update stays zero; a zero weight
+    vector has no length to offer and is refused.
     """
 
     needs_norm = True
@@ -126,8 +127,9 @@ class RelativeUpdate(Update):
 class TangentUpdate(Update):
     """The update without its radial part: u ← u - w · ⟨w, u⟩ / ‖w‖², so that the norm changes in second order only.
 
-    AdamP (Heo et al. 2021, arXiv 2006.08217, equation 6) does this to the update; sparse autoencoders with a unit-norm
-    dictionary (Bricken et al. 2023, "Towards Monosemanticity") do it to the gradient, before Adam.
+    AdamP (Heo et al. 2021, arXiv 2006.08217) does this to the update where the weights look scale-invariant; sparse
+    autoencoders with a unit-norm dictionary (Bricken et al. 2023, "Towards Monosemanticity") do it to the gradient,
+    before Adam.
     """
 
     needs_norm = False

@@ -1,7 +1,7 @@
 """The projection onto the ball, in place: what `projections.project_ball` says, at the price of a norm and a multiply.
 
 The reference scales every vector by its largest entry before it squares. Here it is squared as it is, which is right
-unless something over- or underflows; a norm that is not finite sends the parameter through the reference, too.
+unless something over- or underflows; a norm beyond `FAR` sends the parameter through the reference, too.
 
 Norms are summed in blocks of `BLOCK` entries in float32, and from there on in float64. Whatever the order within a
 block, that errs by at most (BLOCK + 1) / 2 + 1 units (Higham, Accuracy and Stability of Numerical Algorithms, section
@@ -12,7 +12,6 @@ reading of the weights, and where no square of a float32 over- or underflows.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import array_api_compat.torch as xp
@@ -23,6 +22,7 @@ from projgd.axes import Vectors
 from projgd.projections import BallLimits
 
 BLOCK = 64
+FAR = 2.0**64  # squares beyond overflow in float32, and 2^-40 over a norm beyond may be subnormal
 _norm = torch.linalg.vector_norm
 
 
@@ -64,17 +64,17 @@ def ball_limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
 
 
 def _blocked(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> bool:
-    """Project the vectors of `x` with a finite norm, and say whether all have one.
+    """Project the vectors of `x` with a norm below `FAR`, and say whether that is all.
 
-    These, too, if others have none: the next step may come here alone, and must find nothing to do.
+    These, too, if others are left: the next step may come here alone, and must find nothing to do.
     """
     wide = x.float()  # x itself where it is float32
     found = norms(wide, axes)
     largest = found.max().item()
     if largest <= limits.threshold:
         return True
-    if not math.isfinite(largest):
-        outside = (found > limits.threshold) & found.isfinite()
+    if not largest < FAR:  # a NaN, too
+        outside = (found > limits.threshold) & (found < FAR)
         x.copy_(torch.where(outside, wide.mul((limits.target / found).float()).to(x.dtype), x))
         return False
     factor = torch.where(found > limits.threshold, limits.target / found, 1.0).float()

@@ -23,6 +23,7 @@ from projgd import (
     TangentUpdate,
     UnitNorm,
     from_config,
+    projections,
 )
 
 TOLERANCE = {"float64": 1e-14, "float32": 5e-7, "bfloat16": 2**-8, "float16": 2**-10}
@@ -220,6 +221,15 @@ def test_a_landing_is_ten_times_nearer_than_the_band():
     w /= np.float32(norm(w))
     off = [norm(UnitNorm(None).land((w * np.float32(1 + k * 1e-7)), (0, 1))) - 1 for k in range(-30, 31)]
     assert max(map(abs, off)) < 4e-7
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_band_of_a_sphere_has_its_edge(moved):
+    """1 - band is a float64, and every operation on it exact."""
+    band = projections.sphere_band(projections.FLOATS["float64"], (1, 3), (0,), 1.0, moved)
+    x = np.asarray([[1 - band, -(1 - band), 1 - band - 2.0**-53]])
+    found = UnitNorm(0).land(x, (0,)) if moved else UnitNorm(0).project(x)
+    assert found.tolist() == [[1 - band, -(1 - band), 1.0]]
 
 
 def test_unit_norm_is_the_sphere_of_radius_one():
