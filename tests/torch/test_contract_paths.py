@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from projgd import MaxNorm, projections
 from projgd.axes import Vectors
-from projgd.torch import ProjectedAdam, ProjectedSGD, ball, project_after_step
+from projgd.torch import ProjectedAdam, ProjectedSGD, ball, path, project_after_step
 from tests.contract import (
     NUMPY,
     TIGHT,
@@ -23,6 +23,13 @@ from tests.contract import (
 WAYS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 SHAPES = [(12, 1), (12, 7), (12, 3, 5, 5), (12, 400)]
 C = 3.7
+
+
+@pytest.fixture(params=["numba", "no-numba"])
+def machine(request, monkeypatch):
+    """With the kernels and without, as far as numba goes: the operations of PyTorch hold the contract, too."""
+    if request.param == "no-numba":
+        monkeypatch.setattr(path, "_found", lambda: path.Path("eager", "numba is out of sight"))
 
 
 def make(shape, dtype):
@@ -84,6 +91,7 @@ def check_steps(made, dtypes, shapes, options, compiled=False):
                 p.copy_(q)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("made", "options"), [(ProjectedSGD, {"momentum": 0.9}), (ProjectedAdam, {"eps": 1e-4})])
@@ -91,13 +99,14 @@ def test_steps(made, options, way, dtype):
     check_steps(made, [dtype], SHAPES, {"lr": 0.1, **options, **WAYS[way]})
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("made", "options"),
     [*((ProjectedSGD, way) for way in WAYS.values()), (ProjectedAdam, {"metric": "adaptive", "eps": 1e-4})],
     ids=[*WAYS, "adaptive"],
 )
 @given(at_the_threshold())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_at_the_threshold(made, options, case):
     w, c = case
     p = parameter(w)
@@ -106,6 +115,7 @@ def test_at_the_threshold(made, options, case):
     judge_at_the_threshold(w, stored(p), c)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("options", [*WAYS.values(), {"metric": "adaptive", "eps": 1e-4}], ids=[*WAYS, "adaptive"])
 def test_near_the_threshold_beside_a_huge_vector(options, dtype):
@@ -127,6 +137,7 @@ def test_near_the_threshold_beside_a_huge_vector(options, dtype):
     judge(w, q, stored(p), C)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axis", [0, 1])
@@ -184,6 +195,7 @@ def test_compiled_steps():
     check_steps(ProjectedSGD, list(NUMPY), [(12, 7), (12, 3, 5, 5)], {"lr": 0.1}, compiled=True)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

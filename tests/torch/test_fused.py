@@ -135,9 +135,10 @@ def check_contract(before, after, c, axis, dtype):
             torch.testing.assert_close(new.double(), old.double() / was * c, rtol=2 * unit + t, atol=1e-30)
 
 
+@pytest.mark.parametrize("fused", [True, None], ids=["fused", "kernel"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [*AXES, *((s, "fan_in") for s in SHAPES if s[-1] < 10000)])
-def test_contract_on_every_way_through_memory(shape, axis, dtype):
+def test_contract_on_every_way_through_memory(shape, axis, dtype, fused):
     (p,), c = make([shape], dtype), 1.0
     with torch.no_grad():  # some vectors inside, some outside
         vectors = MaxNorm(c, axis).resolve(shape, "out_first")
@@ -146,9 +147,9 @@ def test_contract_on_every_way_through_memory(shape, axis, dtype):
             norms = torch.linalg.vector_norm(x.double(), dim=vectors.axes, keepdim=True)
             x.copy_(x / norms * torch.linspace(0.5, 2, norms.numel()).view_as(norms))
     plain = torch.nn.Parameter(p.detach().clone())
-    optimizer = ProjectedSGD([p], lr=0.01, c=c, axis=axis, fused=True)
+    optimizer = ProjectedSGD([p], lr=0.01, c=c, axis=axis, fused=fused)
     irregular = axis == (0, 2) and len(shape) == 4
-    stock = ProjectedSGD([plain], lr=0.01, c=None, fused=not irregular)
+    stock = ProjectedSGD([plain], lr=0.01, c=None, fused=None if irregular else fused)
     for i in range(2):
         give_grads([p], i), give_grads([plain], i)
         with torch.no_grad():
@@ -159,9 +160,9 @@ def test_contract_on_every_way_through_memory(shape, axis, dtype):
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
     assert torch.equal(p, held)  # idempotent
-    assert str(optimizer.projection_path()["parameter 0 of group 0"]).startswith(
-        "eager: its memory" if irregular else "fused"
-    )
+    way = "fused: " if fused else "eager: it has no fan-in" if vectors is None else "kernel: "
+    found = str(optimizer.projection_path()["parameter 0 of group 0"])
+    assert found.startswith("eager: its memory" if irregular else way)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -175,13 +176,14 @@ def test_contract_on_any_finite_numbers(data):
     c = data.draw(st.sampled_from([1e-3, 1.0, 4.0, 1e6]))
     p = torch.nn.Parameter(values.clone())
     p.grad = torch.zeros_like(p)
-    ProjectedSGD([p], lr=0.0, c=c, fused=True).step()
+    ProjectedSGD([p], lr=0.0, c=c, fused=data.draw(st.sampled_from([True, None]))).step()
     check_contract(values, p, c, "fan_in", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_what_is_not_finite_stays_in_its_own_vector(dtype, axis):
+@pytest.mark.parametrize("fused", [True, None])
+def test_what_is_not_finite_stays_in_its_own_vector(fused, dtype, axis):
     (p,) = make([(6, 50)], dtype)
     with torch.no_grad():
         p.mul_(100)
@@ -190,7 +192,7 @@ def test_what_is_not_finite_stays_in_its_own_vector(dtype, axis):
         line = [p[:, j] if axis == 0 else p[j] for j in range(3)]
         line[0][1], line[1][2], line[2][3] = math.nan, math.inf, -math.inf
     before, p.grad = p.detach().clone(), torch.zeros_like(p)
-    ProjectedSGD([p], lr=0.1, c=1.0, axis=axis, fused=True).step()
+    ProjectedSGD([p], lr=0.1, c=1.0, axis=axis, fused=fused).step()
     bad, good = (before[:, :3], p.detach()[:, 3:]) if axis == 0 else (before[:3], p.detach()[3:])
     same = p.detach()[:, :3] if axis == 0 else p.detach()[:3]
     assert torch.equal(bad.nan_to_num(7, 8, 9), same.nan_to_num(7, 8, 9))
@@ -420,6 +422,29 @@ def test_without_numba_the_eager_path_gives_the_same():
     (fused, held, total), (eager, held_too, other) = (x.communicate()[0].split() for x in (with_it, without))
     assert (fused, held, eager, held_too) == ("fused", "True", "eager", "True")
     assert float(total) == pytest.approx(float(other), rel=1e-6)
+
+
+FORK = """
+import os, torch
+from projgd.torch import ProjectedSGD
+p = torch.nn.Parameter(torch.full((8, 32), 3.0))
+p.grad = torch.full((8, 32), -3.0)
+optimizer = ProjectedSGD([("p", p)], lr=0.1, c=1.0, fused={fused})
+optimizer.step()
+child = os.fork()
+optimizer.step()
+held = p.double().norm(dim=1).max().item() <= 1
+print(optimizer.projection_path()["p"].name, held, os.waitpid(child, 0)[1] if child else "", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(("fused", "name"), [(True, "fused"), (None, "kernel")])
+def test_a_forked_process_goes_on_without_the_kernels(fused, name):
+    """The threads of the kernels are not there after a fork: a step that used them would hang or be killed."""
+    run = subprocess.run([sys.executable, "-c", FORK.format(fused=fused)], capture_output=True, text=True, timeout=120)
+    assert sorted(run.stdout.split("\n")) == ["", "eager True ", f"{name} True 0"], run
 
 
 def test_many_processes_may_compile_at_once(tmp_path):
