@@ -31,7 +31,8 @@ def project_after_step(
     Args:
         optimizer: any optimizer; its state and param groups are left alone.
         constraint: one for all its parameters, or rules over their names.
-        model: where the names come from, and what one neuron is in each layer (see `param_groups`). Without it the
+        model: where the names come from, and what one neuron is in each layer (see `param_groups`); parameters of the
+            optimizer that are not in it are left alone. Without it the
             names are those that the optimizer was given (`model.named_parameters()`), and a weight is read as
             (out, in, *kernel).
         without_grad: project also parameters that have no gradient.
@@ -58,15 +59,19 @@ def project_after_step(
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
         )
     plan = _plan(optimizer, constraint, model)
+    seen: list[list[int]] = []  # once more at the first step: the model may have been wrapped since
     rows = MovedRows(optimizer, type(optimizer))
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal plan, seen
+        if (now := _tensors(optimizer)) != seen:
+            if list(map(len, now)) != list(map(len, plan)):
+                plan = _plan(optimizer, constraint, model)
+            _check(optimizer, plan)  # before the step writes anything
+            seen = now
         rows.before_step()
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal plan
-        if [len(g["params"]) for g in optimizer.param_groups] != [len(p) for p in plan]:
-            plan = _plan(optimizer, constraint, model)
         skip = getattr(optimizer, "found_inf", None)
         with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
             for group, constraints in zip(optimizer.param_groups, plan, strict=True):
@@ -109,13 +114,23 @@ def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.
         plan = [[of_name[name] for name in group] for group in named]
     else:
         plan = [[constraint] * len(group) for group in named]
+    held = _check(optimizer, plan)
+    if model is None and isinstance(constraint, Mapping):
+        rules.refuse_idle(constraint, held)
+    return plan
+
+
+def _tensors(optimizer: Optimizer) -> list[list[int]]:
+    return [list(map(id, group["params"])) for group in optimizer.param_groups]
+
+
+def _check(optimizer: Optimizer, plan: Plan) -> dict[str, bool]:
+    """Refuse what cannot be honoured of a plan; whether each parameter, by name, has vectors to hold."""
     held = {}
-    for group, constraints in zip(named, plan, strict=True):
-        for (name, p), own in zip(group.items(), constraints, strict=True):
+    for i, (group, constraints) in enumerate(zip(optimizer.param_groups, plan, strict=True)):
+        for (name, p), own in zip(settings.named(group, i).items(), constraints, strict=True):
             if getattr(own, "radius", None) == "initial":
                 raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
             settings.check(own, {name: p})
             held[name] = own is not None and own.resolve(tuple(p.shape), "out_first", name) is not None
-    if model is None and isinstance(constraint, Mapping):
-        rules.refuse_idle(constraint, held)
-    return plan
+    return held

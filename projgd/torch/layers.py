@@ -95,6 +95,8 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
         places.setdefault(first[id(place.param)], []).append(place)
     wanted = _wanted(constraint, {name: places[name] for name in first.values()})
     for name, own in wanted.items():
+        if own is not None or isinstance(constraint, Constraint):
+            settings.refuse_flattened(places[name][0].param, name)
         if own is not None:
             settings.refuse_lazy(places[name][0].param, name)
     chosen = {name: _with_axis(own, places[name]) for name, own in wanted.items()}

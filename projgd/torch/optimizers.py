@@ -73,7 +73,7 @@ class Projected(Optimizer):
         # Radii of the initial weights that are not in the state, where they belong: a parameter with a radius there and
         # nothing else would not look new to the optimizer. `state_dict` puts them there once they cannot harm.
         self._waiting: dict[torch.Tensor, torch.Tensor] = {}
-        self._has_projected = False
+        self._has_projected: bool | None = False  # None while a step runs that may not come to it
         self._refuse_misspelt(kwargs)
         params = as_list(params)
         super().__init__(params, *args, **kwargs)
@@ -214,14 +214,18 @@ class Projected(Optimizer):
 
     def _settle(self) -> None:
         """Check what has been changed in the groups since they were last seen, and let it hold from now on."""
-        if len(self._seen) == len(self.param_groups) and all(map(_Seen.still, self._seen, self.param_groups)):
-            return
-        self._adopt()
+        if len(self._seen) != len(self.param_groups) or not all(map(_Seen.still, self._seen, self.param_groups)):
+            self._adopt()
+        if self._has_projected is False and not torch.compiler.is_compiling():
+            for i, group in enumerate(self.param_groups):  # once more: the model may have been wrapped since
+                settings.check(settings.constraint_of(group), settings.named(group, i), group["metric"])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _adopt(self) -> None:
         seen = {id(s.group): s for s in self._seen}
         self._seen = tuple(self._look(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups))
+        held = set(map(id, _in_order(self.param_groups)))  # no others are kept alive for their radii
+        self._waiting = {p: radius for p, radius in self._waiting.items() if id(p) in held}
 
     def _look(self, group: dict[str, Any], index: int, seen: _Seen | None) -> _Seen:
         if seen is not None and seen.still(group):
@@ -273,7 +277,11 @@ class Projected(Optimizer):
         self._settle()
         self._store_radii()
         state = super().state_dict()
-        return {**state, "param_groups": [settings.to_plain(g) for g in state["param_groups"]]}
+        groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
+        if any("initial" in s for s in of_param.values() if isinstance(s, dict)):
+            # torch.distributed.checkpoint wants a state of all parameters or of none
+            of_param = {**{i: {} for i in _in_order(groups)}, **of_param}
+        return {**state, "state": of_param, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from this class or from the stock optimizer; the latter keeps the present constraints.
@@ -418,7 +426,7 @@ def _then_projected(step: Any) -> Any:
         self._settle()
         groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
         versions = [p._version for p in _in_order(groups)]
-        self._has_projected = False
+        self._has_projected = None
         loss = step(self, *args, **kwargs)
         if not self._has_projected:
             if [p._version for p in _in_order(groups)] != versions:

@@ -198,10 +198,10 @@ def named(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:
     names = group.get("param_names", [])
     found: dict[str, torch.Tensor] = {}
     for i, p in enumerate(params):
-        if isinstance(p, tuple):
-            found[p[0]] = p[1]
-        elif isinstance(p, torch.Tensor):
-            found[names[i] if i < len(names) else f"parameter {i} of group {index}"] = p
+        name, tensor = p if isinstance(p, tuple) else (names[i] if i < len(names) else None, p)
+        if isinstance(tensor, torch.Tensor):
+            place = f"parameter {i} of group {index}"
+            found[place if name is None else f"{name} ({place})" if name in found else name] = tensor
     return found
 
 
@@ -211,12 +211,17 @@ def refuse_lazy(p: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} is not initialised yet: run the lazy module once before making the optimizer")
 
 
-def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
+def refuse_flattened(p: torch.Tensor, name: str) -> None:
+    """Raise TypeError for a part of what the older FSDP has made of parameters."""
     if getattr(p, "_fsdp_flattened", False):
         raise TypeError(
             f"{name} was flattened by FullyShardedDataParallel, and its rows cannot be told apart: "
             "shard the model with torch.distributed.fsdp.fully_shard instead"
         )
+
+
+def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
+    refuse_flattened(p, name)
     if p.layout != torch.strided:
         raise TypeError(f"{name} is a {str(p.layout).removeprefix('torch.')} tensor: only dense ones can be projected")
     if is_traceable_wrapper_subclass(p) and not sharded.is_dtensor(p):

@@ -3,8 +3,10 @@
 A process group is started once for all of them; `test_ranks.py` starts the ranks and reads the answers.
 """
 
+import copy
 import functools
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -15,9 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -25,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from projgd import MaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
-from projgd.torch import ProjectedAdam, ProjectedSGD, param_groups, project_after_step
+from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
 
 C = 0.4
 STEPS = 4
@@ -100,12 +102,7 @@ def check_ddp(ranks, **_):
 
 
 def check_fully_shard(**_):
-    def by_rows(net):
-        for layer in (net.up, net.down, net):
-            fully_shard(layer)
-        return net
-
-    assert compare(by_rows) == {}  # every row is on one rank: nothing to say
+    assert compare(by_layer) == {}  # every row is on one rank: nothing to say
 
 
 def check_fully_shard_across_the_rows(**_):
@@ -204,6 +201,37 @@ def check_refusals(ranks, **_):
         ProjectedSGD([p], constraint=Odd(1.0))
 
 
+def check_the_older_fsdp(**_):
+    """It flattens parameters, before the optimizer is made or after; a bound is an error there, and not just gone."""
+    says = pytest.raises(TypeError, match="flattened by FullyShardedDataParallel")
+    for kept in (False, True):
+
+        def wrapped(net, kept=kept):
+            return FullyShardedDataParallel(net, use_orig_params=kept, device_id=torch.device("cpu"))
+
+        net = wrapped(Net())
+        stock = torch.optim.SGD(net.parameters(), lr=0.1)
+        for refused in (
+            lambda net=net: ProjectedSGD(net.parameters(), c=C),
+            lambda net=net: param_groups(net, MaxNorm(C)),
+            lambda stock=stock: project_after_step(stock, MaxNorm(C)),
+            lambda net=net, stock=stock: project_after_step(stock, MaxNorm(C), net),
+        ):
+            with says:
+                refused()
+    for hooked in (False, True):  # an optimizer of the parameters as they were can be used where they are kept
+        net = Net()
+        optimizer = (torch.optim.SGD if hooked else ProjectedSGD)(
+            net.parameters(), lr=0.1, **({} if hooked else {"c": C})
+        )
+        if hooked:
+            project_after_step(optimizer, MaxNorm(C))
+        net = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+        net(batch(0)).square().mean().backward()
+        with says:
+            optimizer.step()
+
+
 def check_shaped_updates(ranks, folder):
     """AdamH and other shapings on shards of every kind: the single process's weights, one all-reduce per dimension."""
     flat, square = init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2))
@@ -287,36 +315,110 @@ def check_zero_redundancy(ranks, **_):
     assert longest(net) <= C
 
 
-def sharded_with_rules():
-    net = Net()
+def check_zero_redundancy_resumed(ranks, **_):
+    """Sets, shapings and radii go through the state that ZeRO collects from all ranks."""
+    for options in ({"constraint": MaxNorm(C)}, {"constraint": Sphere("initial"), "update": RelativeUpdate()}):
+
+        def made(seed, options=options):
+            net = nn.parallel.DistributedDataParallel(Net(seed))
+            params = [p for p in net.parameters() if p.ndim == 2]
+            return net, ZeroRedundancyOptimizer(params, optimizer_class=ProjectedAdam, lr=0.05, **options)
+
+        net, optimizer = made(0)
+        train(net, optimizer, range(3))
+        saved = [None]
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank() == 0:
+            saved = [(net.state_dict(), optimizer.state_dict())]
+        dist.broadcast_object_list(saved)
+        again, other = made(1)
+        again.load_state_dict(saved[0][0])
+        other.load_state_dict(copy.deepcopy(saved[0][1]))
+        train(net, optimizer, range(3, 6))
+        train(again, other, range(3, 6))
+        assert distance(net, again) == 0, options
+
+
+def by_layer(net):
     for layer in (net.up, net.down, net):
         fully_shard(layer)
+    return net
+
+
+def sharded_with_rules():
+    net = by_layer(Net())
     return net, ProjectedAdam(param_groups(net, {"head.*": MaxNorm(0.2), "*": MaxNorm(C)}), lr=0.05)
 
 
 def check_checkpoint(ranks, folder):
     """Four ranks train, save and go on; two ranks load and go on to the same weights."""
-    net, optimizer = sharded_with_rules()
-    if ranks == 4:
-        train(net, optimizer, range(3))
-        model_state, optimizer_state = get_state_dict(net, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
-    else:
-        optimizer.param_groups[0]["c"] = 9.0  # the checkpoint knows better
-        model_state, optimizer_state = get_state_dict(net, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(state, checkpoint_id=folder / "checkpoint")
-        set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def made(seed):
+        return sharded_with_rules()
+
+    optimizer = through_a_checkpoint(ranks, folder / "rules", made)[1]
     assert sorted(g["constraint"].c for g in optimizer.param_groups if g["constraint"]) == [0.2, C]
     assert sorted(g["c"] for g in optimizer.param_groups if g["constraint"]) == [0.2, C]
+
+
+def through_a_checkpoint(ranks, folder, made, **options):
+    """`made(seed)` makes a network and its optimizer; those of two ranks with another seed, and another c at first."""
+    options = StateDictOptions(**options)
+    net, optimizer = made(seed=ranks)
+    if ranks == 4:
+        train(net, optimizer, range(3))
+    elif optimizer.param_groups[0]["c"] is not None:
+        optimizer.param_groups[0]["c"] = 9.0  # the checkpoint knows better
+    model_state, optimizer_state = get_state_dict(net, optimizer, options=options)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    if ranks == 4:
+        dcp.save(state, checkpoint_id=folder / "checkpoint")
+    else:
+        dcp.load(state, checkpoint_id=folder / "checkpoint")
+        set_state_dict(
+            net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+        )
     train(net, optimizer, range(3, 6))
     full = [whole(p) for p in net.parameters()]
-    if ranks == 4:
-        if dist.get_rank() == 0:
-            torch.save(full, folder / "end.pt")
-    else:
+    if ranks == 4 and dist.get_rank() == 0:
+        torch.save(full, folder / "end.pt")
+    if ranks == 2:
         for p, q in zip(full, torch.load(folder / "end.pt"), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    return net, optimizer
+
+
+def check_radii_in_a_checkpoint(ranks, folder):
+    """Those of the four ranks' first weights hold on the two ranks that load, though these were made from others."""
+    for inner in (torch.optim.Adam, torch.optim.SGD):
+        for flat in (False, True):
+
+            def made(seed, inner=inner):
+                net = by_layer(Net(seed))
+                return net, projected(inner)(net.parameters(), lr=0.05, constraint=Sphere("initial"))
+
+            where = folder / f"{inner.__name__} {flat}"
+            net, _ = through_a_checkpoint(ranks, where, made, flatten_optimizer_state_dict=flat)
+            for p, first in zip(net.parameters(), Net(4).parameters(), strict=True):
+                if p.ndim == 2:
+                    assert (whole(p).norm(dim=1) / first.norm(dim=1) - 1).abs().max() <= 1e-6, (inner, flat)
+
+
+def check_hyperball_of_a_whole_engine(ranks, **_):
+    """AdamH under `fully_shard` ends where one process ends; MuonH as near as the plain Muon, whose matrix products in
+    bfloat16 round otherwise on shards."""
+
+    def apart(make):
+        alone, spread = Net(), by_layer(Net())
+        for net in (alone, spread):
+            train(net, make([p for p in net.parameters() if p.ndim == 2], lr=0.05), range(6))
+        pairs = list(zip(alone.parameters(), spread.parameters(), Net().parameters(), strict=True))
+        if make is not torch.optim.Muon:
+            assert all(abs(whole(q).norm() / w.norm() - 1) <= 1e-6 for _, q, w in pairs)
+        return max(float((whole(p) - whole(q)).norm() / whole(p).norm()) for p, q, _ in pairs)
+
+    assert apart(hyperball(torch.optim.Adam)) <= 1e-6
+    assert apart(hyperball(torch.optim.Muon)) <= 2 * apart(torch.optim.Muon)
 
 
 def check_accelerate(**_):
@@ -357,6 +459,8 @@ def main():
             break  # the other ranks may wait for this one
     (folder / f"{ranks}-{rank}.json").write_text(json.dumps(failed))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo that is still running would abort a normal exit, once in a while
 
 
 if __name__ == "__main__":

@@ -274,11 +274,34 @@ def test_parameters_that_cannot_be_measured_are_refused(param, message):
         project_after_step(torch.optim.SGD([param]), MaxNorm(1.0))
 
 
-def test_what_the_older_fsdp_has_flattened_is_refused():
-    flat = torch.nn.Parameter(torch.zeros(12))
-    flat._fsdp_flattened = True  # what FullyShardedDataParallel sets
-    with pytest.raises(TypeError, match="fully_shard instead"):
-        ProjectedSGD([flat], c=1.0)
+def test_two_parameters_of_one_name_are_both_looked_at():
+    bad, good = torch.zeros(2, 3, dtype=torch.complex64), torch.nn.Parameter(torch.full((2, 3), 5.0))
+    for twice in ([("w", bad), ("w", good)], [("w", good), ("w", bad)]):
+        with pytest.raises(TypeError, match=r"w.* has dtype complex64"):
+            ProjectedSGD(twice, c=1.0)
+    other = torch.nn.Parameter(torch.full((2, 3), 5.0))
+    optimizer = torch.optim.SGD([("w", good), ("w", other)], lr=0.1)
+    project_after_step(optimizer, MaxNorm(1.0))
+    good.grad = other.grad = torch.zeros(2, 3)
+    optimizer.step()
+    assert max(longest(good), longest(other)) <= 1
+
+
+@pytest.mark.parametrize("late", [torch.ones(2, 3, dtype=torch.complex64), torch.ones(3)])
+@pytest.mark.parametrize("way", ["added", "in its place"])
+def test_a_hook_that_does_not_fit_later_parameters_raises_before_the_step(late, way):
+    w = torch.nn.Parameter(torch.full((2, 3), 5.0))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    project_after_step(optimizer, MaxNorm(1.0, axis=1))
+    if way == "added":
+        optimizer.add_param_group({"params": [late]})
+    else:
+        optimizer.param_groups[0]["params"].insert(0, late)
+    w.grad, late.grad = torch.ones_like(w), torch.ones_like(late)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=r"has dtype complex64|axis 1 is out of range"):
+            optimizer.step()
+    assert bool((w == 5).all())
 
 
 class WithoutDefaults(torch.optim.Optimizer):
