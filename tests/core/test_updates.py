@@ -232,6 +232,14 @@ def test_the_band_of_a_sphere_has_its_edge(moved):
     assert found.tolist() == [[1 - band, -(1 - band), 1.0]]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_zero_vector_has_no_place_on_a_sphere_and_stays(dtype):
+    x = torch.tensor([[0.0, -0.0], [3.0, 4.0]], dtype=getattr(torch, dtype))
+    for found in (UnitNorm().project(x), UnitNorm().land(x, (1,))):
+        assert torch.equal(found[0], x[0])
+        assert torch.signbit(found[0]).tolist() == [False, True]
+
+
 def test_unit_norm_is_the_sphere_of_radius_one():
     x = np.random.default_rng(5).normal(size=(7, 3))
     assert (UnitNorm().project(x) == Sphere(1.0).project(x)).all()
