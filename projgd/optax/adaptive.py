@@ -43,6 +43,7 @@ RECIPES = {
     "ScaleByNovogradState": Recipe(("nu",), ("mu",)),
     "ScaleByAdanState": Recipe(("n",), ("m", "v", "g")),
     "ScaleByAdemamixState": Recipe(("nu",), ("m1", "m2")),
+    "ScaleBySimplifiedAdEMAMixState": Recipe(("n",), ("m",)),
     "ScaleByRmsState": Recipe(("nu",), ()),
     "ScaleByRmsWithCountState": Recipe(("nu",), ()),
     "ScaleByRssState": Recipe(("sum_of_squares",), ()),

@@ -39,6 +39,7 @@ OPTIMIZERS = [
     (torch.optim.RMSprop, {"momentum": 0.9}, "momentum"),
     (torch.optim.Adadelta, {"rho": 0.8, "lr": 50.0}, None),
     (torch.optim.Adafactor, {"eps": (1e-3, 1e-3)}, None),
+    (torch.optim.SparseAdam, {"eps": 1e-3}, "exp_avg"),
 ]
 IDS = [f"{cls.__name__}-{'-'.join(kwargs) or 'plain'}" for cls, kwargs, _ in OPTIMIZERS]
 
@@ -53,6 +54,8 @@ def gradients(steps, shape=(6, 30)):
 
 def take(optimizer, p, grad):
     p.grad = grad.to(p.dtype).clone()
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        p.grad = p.grad.to_sparse(1)
     optimizer.step()
 
 
