@@ -115,6 +115,14 @@ def check_fully_shard_across_the_rows(**_):
     assert "allreduce" in next(iter(counts)).replace("_", ""), counts
 
 
+def check_adaptive_metric(ranks, **_):
+    """Where every row and its diagonal are on one rank; across rows it is refused."""
+    assert compare(by_layer, metric="adaptive") == {}
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 8), init_device_mesh("cpu", (ranks,)), [Shard(1)]))
+    with pytest.raises(ValueError, match="metric='adaptive' is not known"):
+        ProjectedAdam([p], c=C, metric="adaptive")
+
+
 def tensor_parallel(net, mesh):
     return parallelize_module(net, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 

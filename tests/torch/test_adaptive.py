@@ -132,6 +132,19 @@ def test_plain_gradient_steps_have_the_euclidean_metric(cls):
     assert torch.equal(*ends)
 
 
+def test_in_one_compiled_graph():
+    torch.compiler.reset()  # or the graphs of other tests count against the limit
+    p, other = (torch.nn.Parameter(torch.ones(6, 30)) for _ in range(2))
+    eager, compiled = (ProjectedRMSprop([x], lr=0.3, c=3.0, metric="adaptive") for x in (p, other))
+    step = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
+    for grad in gradients(3):
+        take(eager, p, grad)
+        other.grad = grad.float()
+        step()
+        torch.testing.assert_close(other, p, rtol=1e-5, atol=1e-6)
+        assert (other.detach().double().norm(dim=1) <= 3).all()
+
+
 def test_where_nothing_binds_the_step_is_the_optimizers_own():
     p, stock = (torch.nn.Parameter(torch.ones(6, 30)) for _ in range(2))
     ours, theirs = ProjectedAdam([p], c=1e6, metric="adaptive"), torch.optim.Adam([stock])
