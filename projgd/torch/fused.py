@@ -1,4 +1,4 @@
-"""The fused step on a CPU: what `kernels.cpu` needs to know of an optimizer, gathered and checked at every step.
+"""The fused step: what the kernels need to know of an optimizer, gathered and checked at every step.
 
 A `Plan` holds what stays from step to step. Addresses are read anew every time; a plan is made anew when anything but
 the addresses of gradients has changed.
@@ -19,7 +19,7 @@ from projgd.constraints import Constraint, MaxNorm
 from projgd.torch import path
 from projgd.torch.kernels import batch
 from projgd.torch.kernels.batch import Batch
-from projgd.torch.kernels.rules import Adam, Sgd
+from projgd.torch.kernels.rules import Adam, Rule, Sgd
 from projgd.torch.optimizers import Projected
 from projgd.torch.project import project_params
 from projgd.torch.settings import constraint_of
@@ -27,7 +27,7 @@ from projgd.torch.settings import constraint_of
 
 @dataclass
 class Part:
-    """The parameters of a group that one kernel call takes, those of one dtype, and what their update needs."""
+    """The parameters of a group that one kernel call takes, of one dtype on one device, and what their update needs."""
 
     batch: Batch
     params: list[Tensor]
@@ -40,9 +40,11 @@ class Part:
     factors: npt.NDArray[np.float64]
 
     def in_place(self) -> bool:
-        """Whether the states are where they were when the batch was made."""
+        """Whether the states are where they were when the batch was made, and the batch is for more than one graph."""
         try:
-            return self.addresses == [[s[name].data_ptr() for s in self.states] for name in self.names]
+            return self.batch.lasting and self.addresses == [
+                [s[name].data_ptr() for s in self.states] for name in self.names
+            ]
         except KeyError:
             return False
 
@@ -112,10 +114,10 @@ def _plan(
         names = ["momentum_buffer"] if group["momentum"] != 0 else []
     else:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
-    places: dict[torch.dtype, list[int]] = {}
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for j, (p, g) in enumerate(zip(params, grads, strict=True)):
         if path.of_param(p, g, constraint) and _has_usual_state(optimizer, p, names):
-            places.setdefault(p.dtype, []).append(j)
+            places.setdefault((p.device, p.dtype), []).append(j)
     parts = []
     for chosen in places.values():
         mine = [params[j] for j in chosen]
@@ -150,7 +152,7 @@ def _part(
     factors = np.zeros((len(params), 2))
     factors[:, 0] = starts
     return Part(
-        batch=batch.batch(params[0].dtype, [path.memory(p) for p in params], vectors),
+        batch=batch.batch([path.memory(p) for p in params], vectors),
         params=params,
         places=places,
         states=states,
@@ -171,7 +173,7 @@ def _has_usual_state(optimizer: Projected, p: Tensor, names: list[str]) -> bool:
         buffer = state.get("momentum_buffer")
         return buffer is None or path.alike(buffer, p)
     counter = state.get("step")
-    counted = isinstance(counter, Tensor) and (counter.dtype, counter.device.type) == (torch.float32, "cpu")
+    counted = isinstance(counter, Tensor) and (counter.dtype, counter.device) == (torch.float32, p.device)
     return counted and all(name in state and path.alike(state[name], p) for name in names)
 
 
@@ -180,7 +182,7 @@ def _run(
 ) -> None:
     part.table[1] = [g.data_ptr() for g in grads]
     sgd = optimizer.inner is SGD
-    rule = _sgd(group) if sgd else _adam(group)
+    rule: Rule = _sgd(group) if sgd else _adam(group)
     c = constraint.c if isinstance(constraint, MaxNorm) else None
     overflowed = part.batch.run(c, part.table, rule, part.counters, part.factors)
     if sgd:
@@ -191,14 +193,20 @@ def _run(
 
 def _sgd(group: dict[str, Any]) -> Sgd:
     sign, undamped = -1 if group["maximize"] else 1, 1 - group["dampening"]
-    numbers = group["lr"], group["momentum"], undamped, group["weight_decay"], sign, group["nesterov"]
-    return Sgd(*map(float, numbers))
+    numbers = group["momentum"], undamped, group["weight_decay"], sign, group["nesterov"]
+    return Sgd(_lr(group), *map(float, numbers))
 
 
 def _adam(group: dict[str, Any]) -> Adam:
     sign = -1 if group["maximize"] else 1
     ways = group["decoupled_weight_decay"], group["amsgrad"]
-    return Adam(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"], sign, *ways)))
+    return Adam(_lr(group), *map(float, (*group["betas"], group["eps"], group["weight_decay"], sign, *ways)))
+
+
+def _lr(group: dict[str, Any]) -> Any:
+    """A number; a tensor on a GPU stays there, for reading it would wait."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
 def _without(group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
