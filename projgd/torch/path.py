@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,8 @@ def _machine(kind: str) -> Path:
 def _found(machine: Machine) -> Path:
     if any(importlib.util.find_spec(package) is None for package in (machine.package, "numpy")):
         return Path("eager", f"{machine.package} is not installed: {machine.get_it}")
+    if machine.package == "triton" and not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return Path("eager", "Triton needs a C compiler, and there is none")
     return Path("fused", f"one {machine.package} kernel updates and projects all tensors of the group")
 
 
