@@ -39,6 +39,7 @@ class Projected(Optimizer):
     """
 
     inner: ClassVar[type[Optimizer]]
+    __signature__: ClassVar[inspect.Signature]  # what help() shows
     _seen: tuple[_Seen, ...] = ()  # the groups as they were when they were last checked
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -50,6 +51,7 @@ class Projected(Optimizer):
             name = f"{cls.inner.__module__}.{cls.inner.__qualname__}"
             cls.__doc__ = cls.__doc__ or f"`{name}` with a projection after every step; see `projgd.torch.projected`."
             _made.setdefault(cls.inner, cls)
+        cls.__signature__ = _signature(cls)
         step: Any = _unhooked(cls.step)
         if step is not Projected.step and not hasattr(step, "projects"):
             cls.step = _then_projected(step)  # type: ignore[method-assign]
@@ -408,6 +410,15 @@ def _tensors(params: Any) -> list[Any]:
 def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
     return f": did you mean {near[0]!r}?" if near else ""
+
+
+def _signature(cls: type[Projected]) -> inspect.Signature:
+    """What the constructor takes: of a class that has none of its own, what the inner one takes, and the settings."""
+    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if cls.__init__ is Projected.__init__:
+        settings_only = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        own = sorted([*inspect.signature(cls.inner).parameters.values(), *settings_only], key=lambda p: p.kind)
+    return inspect.Signature(own)
 
 
 def _unhooked(step: Any) -> Any:
