@@ -1,9 +1,10 @@
 """The projection of weights that a step has just moved, in the form that XLA does in place.
 
-XLA writes a ball's projection into the donated weights if three things hold: the array keeps its shape (a reshape in
-the last product makes XLA copy), it is multiplied by 1 rather than selected where it stays, and there is no branch. So
-one sum of squares serves every norm below 2^64, a second one of squares made 2^152 times smaller the norms above, and
-the product with their factors is all that touches the weights.
+XLA writes a ball's projection into the donated weights if the array keeps its shape (a reshape in the last product
+makes XLA copy) and is multiplied by 1 rather than selected where it stays. One sum of squares serves every norm below
+2^64. A vector whose squares overflow is first made 2^76 times smaller: on a CPU behind a branch that is hardly ever
+taken, for another pass over the weights costs as much as the first; elsewhere always, for a branch makes a GPU wait
+for the host, and both sums are one pass there.
 
 The guard is `projgd.projections.ball_limits`: the same threshold and target as the reference. Its proof needs a norm
 that errs by at most `projections.guard`. XLA adds in an order of its own (it merges the reference's blocks too);
@@ -12,7 +13,8 @@ measured on a CPU a norm errs by less than 5 units for up to 1,000,000 entries, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,9 +26,9 @@ from projgd.optax.placement import Placed
 
 finfo: Any = jnp.finfo  # has no types
 
-# By dtype: the squares of numbers 2^-FAR as large never overflow; a norm that overflows when squared is divided by
-# 2^NEAR first; and the two sums leave no gap between them for a c within 2^-RANGE and 2^RANGE.
-FAR, NEAR, RANGE = {"float32": 76, "float64": 560}, {"float32": 64, "float64": 512}, {"float32": 40, "float64": 300}
+# By dtype: the squares of numbers 2^-FAR as large never overflow, and for a c within 2^-RANGE and 2^RANGE no norm near
+# it over- or underflows when it is squared.
+FAR, RANGE = {"float32": 76, "float64": 560}, {"float32": 40, "float64": 300}
 
 
 def land(x: jax.Array, asked: Placed) -> jax.Array:
@@ -50,18 +52,33 @@ def land(x: jax.Array, asked: Placed) -> jax.Array:
 
 
 def _into_ball(x: jax.Array, limits: projections.BallLimits, asked: Placed) -> jax.Array:
+    square = _squares(x, 1.0, asked)
+    nearer = partial(_nearer, asked=asked)
+    x, fine = jax.lax.platform_dependent(x, square, cpu=partial(_if_huge, nearer), default=nearer)
+    norm = jnp.sqrt(jnp.maximum(fine, finfo(fine.dtype).tiny))  # at 0 the root has no derivative
+    was_huge = jnp.isinf(square)
+    outside = jnp.isfinite(fine) & (was_huge | ~(norm <= limits.threshold))  # "not inside": a NaN c shows
+    factor = jnp.where(outside, limits.target / jnp.where(outside, norm, 1.0), 1.0).astype(square.dtype)
+    return jnp.asarray(x.astype(square.dtype) * factor, x.dtype)
+
+
+def _nearer(x: jax.Array, square: jax.Array, asked: Placed) -> tuple[jax.Array, jax.Array]:
+    """x and its sums of squares, finite vectors whose `square` overflows made 2^FAR times smaller."""
+    far = 2.0 ** -FAR[str(square.dtype)]
+    smaller = _squares(x, far, asked)
+    huge = jnp.isinf(square) & jnp.isfinite(smaller)
+    return x * jnp.where(huge, far, 1.0).astype(x.dtype), jnp.where(huge, smaller, square)
+
+
+def _if_huge(nearer: Callable[..., Any], x: jax.Array, square: jax.Array) -> Any:
+    return jax.lax.cond(jnp.any(jnp.isinf(square)), nearer, lambda *same: same, x, square)
+
+
+def _squares(x: jax.Array, scale: float, asked: Placed) -> jax.Array:
+    """The sum of the squares of every vector, `scale` times as large, over all devices that share it."""
     compute = projections.float_type(x).compute
-    near = NEAR[compute]
-    far = FAR[compute] + asked.index % 32  # if parameters of one shape share a number, XLA makes an array of it
-    w = x.astype(compute)
-    square = _total(jnp.square(w), asked)
-    square_far = _total(jnp.square(w * 2.0**-far), asked)
-    huge = jnp.isinf(square)  # or a vector with NaN or inf, which also has no finite `square_far`
-    norm = jnp.where(huge, jnp.sqrt(square_far) * math.ldexp(1.0, far - near), jnp.sqrt(square))
-    outside = jnp.isfinite(square_far) & (huge | ~(norm <= limits.threshold))  # "not inside": a NaN c shows
-    first = jnp.where(outside & huge, 2.0**-near, 1.0).astype(compute)
-    then = jnp.where(outside, limits.target / jnp.where(outside, norm, 1.0), 1.0).astype(compute)
-    return (w * first * then).astype(x.dtype)
+    total = jnp.sum(jnp.square(x.astype(compute) * scale), axis=asked.vectors.axes, keepdims=True)
+    return jax.lax.psum(total, asked.over) if asked.over else total  # type: ignore[no-untyped-call]
 
 
 def _whole(asked: Placed) -> tuple[int, ...]:
@@ -70,11 +87,6 @@ def _whole(asked: Placed) -> tuple[int, ...]:
     if asked.over:
         shape[max(asked.vectors.axes, key=shape.__getitem__)] *= jax.lax.axis_size(asked.over)
     return tuple(shape)
-
-
-def _total(squares: jax.Array, asked: Placed) -> jax.Array:
-    total = jnp.sum(squares, axis=asked.vectors.axes, keepdims=True)
-    return jax.lax.psum(total, asked.over) if asked.over else total  # type: ignore[no-untyped-call]
 
 
 def add(p: Any, u: Any) -> jax.Array:
