@@ -1,6 +1,7 @@
 """The ways to take one projected step in JAX: one jitted step with donated buffers.
 
-`python -m benchmarks.jax_step` also prints what XLA says of temporary memory, for Adam on ResNet-50's shapes.
+`python -m benchmarks.jax_step` measures them, on Adam and ResNet-50's shapes if nothing else is asked for, and asks XLA
+for the temporary memory. Figures go to `benchmarks/results/jax_step.json`, where parts are measured anew one by one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import keras
 import optax
 
+from benchmarks import record
 from benchmarks.timing import interleaved, ratio, summary
 from benchmarks.workloads import BOUNDS, WORKLOADS, outputs_last, shapes, start
 from projgd import MaxNorm
@@ -30,6 +32,8 @@ OPTIMIZERS = {
     "AdamW": optax.adamw(1e-5, weight_decay=0.01),
 }
 PLAIN = "plain, jitted"
+KEY = ("workload", "optimizer", "bound", "scheduler")
+SCHEDULERS = {"default": {}, "memory": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 Move = Callable[[Any, Any], Any]  # parameters and updates to parameters
 
 
@@ -85,6 +89,7 @@ class Steps:
 
     held: tuple[Any, Any]
     gradients: list[jax.Array]
+    options: dict[str, Any] = field(default_factory=dict)  # of XLA
     taken: dict[Any, Callable[[], object]] = field(default_factory=dict)
     extra: dict[Any, int] = field(default_factory=dict)  # bytes of temporary memory
 
@@ -93,7 +98,7 @@ class Steps:
             u, s = tx.update(g, s, p)
             return move(p, u), s
 
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*self.held, self.gradients).compile()
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*self.held, self.gradients).compile(self.options)
 
         def take() -> None:
             self.held = jax.block_until_ready(compiled(*self.held, self.gradients))
@@ -102,15 +107,55 @@ class Steps:
         self.extra[name] = compiled.memory_analysis().temp_size_in_bytes
 
 
-def jax_steps(workload: str, optimizer: str, ways: Mapping[Any, tuple[Callable[[float], Move], float]]) -> Steps:
+def jax_steps(
+    workload: str,
+    optimizer: str,
+    ways: Mapping[Any, tuple[Callable[[float], Move], float]],
+    options: dict[str, Any] | None = None,
+) -> Steps:
     """The plain step, and by the name of each way its move with its c."""
     pairs = [[jnp.asarray(outputs_last(x)) for x in start(s)] for s in shapes(workload)]
     params, tx = [p for p, _ in pairs], OPTIMIZERS[optimizer]
-    steps = Steps((params, tx.init(params)), [g for _, g in pairs])
+    steps = Steps((params, tx.init(params)), [g for _, g in pairs], options or {})
     steps.add((PLAIN, None), tx, optax.apply_updates)
     for name, (way, c) in ways.items():
         steps.add(name, tx, way(c))
     return steps
+
+
+def measured(workload: str, optimizer: str, bound: str, scheduler: str, rounds: int) -> list[record.Row]:
+    ways = {name: (way, BOUNDS[bound]) for name, way in (PROJECTED | OTHERS).items()}
+    steps = jax_steps(workload, optimizer, ways, SCHEDULERS[scheduler])
+    times = interleaved(steps.taken, 0, rounds=(rounds, rounds))
+    rows = []
+    for name, took in times.items():
+        ms, r = summary(took), ratio(took, next(iter(times.values())))
+        numbers = {"ms": round(ms.median, 3), "R": round(r.median, 3), "R_spread": round(r.spread, 3)}
+        where = {"workload": workload, "optimizer": optimizer, "bound": bound, "scheduler": scheduler}
+        way = PLAIN if name == (PLAIN, None) else name
+        rows.append({**where, "way": way, **numbers, "extra_MB": round(steps.extra[name] / 1e6, 2), "rounds": rounds})
+    return rows
+
+
+def table(rows: list[record.Row]) -> str:
+    """Markdown: R by scheduler and bound, and XLA's temporary memory by scheduler; one table for what was stepped."""
+    parts = []
+    for workload, optimizer in dict.fromkeys((r["workload"], r["optimizer"]) for r in rows):
+        mine = [r for r in rows if (r["workload"], r["optimizer"]) == (workload, optimizer)]
+        columns = list(dict.fromkeys((r["scheduler"], r["bound"]) for r in mine))
+        head = [f"R, {bound}, {scheduler}" for scheduler, bound in columns]
+        schedulers = list(dict.fromkeys(scheduler for scheduler, _ in columns))
+        head += [f"extra MB, {scheduler}" for scheduler in schedulers]
+        parts.append(
+            f"### {optimizer} on {workload}\n\n| | " + " | ".join(head) + " |\n" + "|---" * (len(head) + 1) + "|"
+        )
+        for way in dict.fromkeys(r["way"] for r in mine):
+            found = {(r["scheduler"], r["bound"]): r for r in mine if r["way"] == way}
+            cells = [f"{found[c]['R']:.2f} ± {found[c]['R_spread']:.2f}" if c in found else "" for c in columns]
+            cells += [f"{next(r['extra_MB'] for r in found.values() if r['scheduler'] == s):.1f}" for s in schedulers]
+            parts.append(f"| {way} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -118,16 +163,14 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, default="resnet")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="Adam")
     parser.add_argument("--bound", choices=list(BOUNDS), default="half binds")
+    parser.add_argument("--scheduler", choices=list(SCHEDULERS), default="default", help="of XLA on a CPU")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    ways = {(name, args.bound): (way, BOUNDS[args.bound]) for name, way in (PROJECTED | OTHERS).items()}
-    steps = jax_steps(args.workload, args.optimizer, ways)
-    times = interleaved(steps.taken, 0, rounds=(args.rounds, args.rounds))
-    print(f"{args.optimizer} on {args.workload}, {args.bound}, {args.rounds} rounds, {jax.devices()[0].device_kind}")
-    print("| | ms | R | extra MB |\n|---|---|---|---|")
-    for way, took in times.items():
-        r, extra = ratio(took, times[PLAIN, None]), steps.extra[way] / 1e6
-        print(f"| {way[0]} | {summary(took).median:.2f} | {r.median:.2f} ± {r.spread:.2f} | {extra:.1f} |")
+    rows = measured(args.workload, args.optimizer, args.bound, args.scheduler, args.rounds)
+    print(table(rows))
+    here, out = record.machine(os.cpu_count() or 1), record.RESULTS / "jax_step"
+    rows = record.merged(out.with_suffix(".json"), here, rows, KEY)
+    out.with_suffix(".md").write_text(f"{table(rows)}\n{record.described(here)}\n")
 
 
 if __name__ == "__main__":

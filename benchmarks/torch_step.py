@@ -65,7 +65,7 @@ class Contenders:
             "fused + renorm_ loop": self._then(lambda p: p.renorm_(2, 0, c)),
             "projgd, default": self._sharing(self.ours, c=c).step,
             "projgd, foreach": self._sharing(self.ours, c=c, foreach=True).step,
-            "projgd, fused, no numba": hiding("_numba", self._sharing(self.ours, c=c, fused=True).step),
+            "projgd, fused, no numba": _without_numba(self._sharing(self.ours, c=c, fused=True).step),
         }
         if importlib.util.find_spec("numba"):
             steps["projgd, fused"] = self._sharing(self.ours, c=c, fused=True).step
@@ -88,15 +88,12 @@ class Contenders:
         return step
 
 
-def hiding(what: str, step: Step) -> Step:
-    """`step` where `projgd.torch.path` does not find numba ("_numba") or any fused kernel ("of_optimizer")."""
-
-    def hidden() -> None:
-        kept = getattr(path, what)
-        setattr(path, what, lambda *_: path.Path("eager", "hidden"))
+def _without_numba(step: Step) -> Step:
+    def without() -> None:
+        kept, path._numba = path._numba, lambda: path.Path("eager", "numba is hidden")
         try:
             step()
         finally:
-            setattr(path, what, kept)
+            path._numba = kept
 
-    return hidden
+    return without

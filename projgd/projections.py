@@ -8,6 +8,7 @@ How the contract is kept for a ball of radius c:
 * *Scale, then square.* A vector is divided by its largest entry r before it is squared, so nothing over- or underflows.
 * *Short sums.* Squares are summed in a tree of blocks, so the norm N has a relative error of at most e, in float32 36
   units in the last place even for 1,000,000 entries. (In JAX the tree is XLA's own: measured, not proven.)
+  For JAX a plain sum of squares is tried first, which is as good for every norm that does not overflow.
 * *A guard for rounding.* A vector with N > T = c(1 - e) may be outside; it is scaled to s = c(1 - 3e)/(1 + u), u the
   rounding of the stored type. So what is stored has a true norm of at most c, and its computed norm is at most T: the
   next projection leaves it alone. Every faster path uses the same T and s, with a norm that errs by at most e.
@@ -16,8 +17,9 @@ How the contract is kept for a ball of radius c:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,6 +30,10 @@ Scalar = Any  # a Python float, or a 0-d array (traced, in JAX)
 
 BLOCK = 8
 FIRST = 16  # a larger first block has less to write
+
+# By computing dtype: the squares of numbers 2^-FAR as large never overflow; and for a c within 2^-RANGE and 2^RANGE no
+# norm near it over- or underflows when it is squared.
+FAR, RANGE = {"float32": 76, "float64": 560}, {"float32": 40, "float64": 300}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,10 @@ def project_ball(x: Array, c: Scalar, axes: tuple[int, ...], xp: ModuleType | No
         return x
     kind = float_type(x)
     limits = ball_limits(kind, x.shape, axes, c, xp)
-    outside, z, _, z_norm = beyond(x, limits.threshold, axes, xp)
+    if is_jax_namespace(xp) and squares_fit(kind, c) and not limits.fill:
+        outside, z, z_norm = _beyond_in_jax(x, limits.threshold, axes, xp)
+    else:
+        outside, z, _, z_norm = beyond(x, limits.threshold, axes, xp)
     y = z * (limits.target / xp.where(outside, z_norm, xp.ones_like(z_norm)))
     stored = _fill(y, limits.inner, limits.target, axes, xp, x.dtype) if limits.fill else xp.astype(y, x.dtype)
     return xp.where(outside, stored, x)
@@ -141,6 +150,54 @@ def is_beyond(z_norm: Array, r: Array, threshold: Scalar, xp: ModuleType) -> Arr
     """Which finite vectors have a norm r · z_norm above `threshold`."""
     # Compared 2^16 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
     return xp.isfinite(r) & ~(z_norm * (r * 2.0**-16) <= threshold * 2.0**-16)
+
+
+def squares_fit(kind: FloatType, c: Scalar) -> bool:
+    """Whether norms around c, a known number, may be squared as they are."""
+    reach = RANGE[kind.compute]
+    return isinstance(c, (int, float)) and 2.0**-reach <= c <= 2.0**reach
+
+
+def shrunk(total: Callable[[Array], Array], x: Array, square: Array, xp: ModuleType) -> tuple[Array, Array]:
+    """By vector: 2^-FAR where `square`, the sum of squares of x, overflows, else 1; and that sum for x times as large.
+
+    `total` sums an array over the axes that make a vector.
+    """
+    far = xp.full_like(square, 2.0 ** -FAR[str(square.dtype)])
+    z = xp.astype(x, square.dtype) * far
+    smaller = total(z * z)
+    huge = xp.isinf(square) & xp.isfinite(smaller)
+    return xp.where(huge, far, xp.ones_like(far)), xp.where(huge, smaller, square)
+
+
+def seldom(flag: Array, careful: Callable[..., Any], usual: Callable[..., Any], *arrays: Array) -> Any:
+    """In JAX: `careful(*arrays)`, or where the `flag` is false `usual(*arrays)`, which is the same then.
+
+    Only where it is compiled for a CPU, where a pass over the weights that is left out is time won, is there a branch:
+    it would make a GPU wait for the host, and there XLA takes both sums in one pass.
+    """
+    import jax
+
+    if not isinstance(flag, jax.core.Tracer):  # compiling a branch for every call would take longer
+        return careful(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=partial(jax.lax.cond, flag, careful, usual), default=careful)
+
+
+def _beyond_in_jax(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Array]:
+    """`beyond`, with a power of 2 for r; its sum of squares overflows seldom, and is taken a second time only then."""
+    compute = getattr(xp, float_type(x).compute)
+    total = partial(tree_sum, axes=axes, xp=xp)
+    w = xp.astype(x, compute)
+    square = total(w * w)
+    scale, fine = seldom(
+        xp.any(xp.isinf(square)),
+        lambda x, square: shrunk(total, x, square, xp),
+        lambda x, square: (xp.ones_like(square), square),
+        x,
+        square,
+    )
+    z_norm = _root(fine, xp)
+    return xp.isfinite(fine) & ~(z_norm <= threshold * scale), w * scale, z_norm
 
 
 def off_sphere(

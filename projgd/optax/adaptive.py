@@ -161,7 +161,7 @@ def _project_update(u: jax.Array, p: jax.Array, asked: Placed, metric: jax.Array
     q = asked.constraint.onto_in(d, landing.reshape(shape), axes, jnp, _loop)
     q = rounded(q.reshape(p.shape))
     u = u.astype(jnp.promote_types(u.dtype, p.dtype))
-    return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
+    return _difference(q, p, u.dtype)
 
 
 def _loop(body: Callable[[Any], tuple[Any, Any]], start: Any) -> Any:

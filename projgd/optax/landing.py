@@ -1,9 +1,9 @@
 """The projection of weights that a step has just moved, in the form that XLA does in place.
 
-XLA writes a ball's projection into the donated weights if three things hold: the array keeps its shape (a reshape in
-the last product makes XLA copy), it is multiplied by 1 rather than selected where it stays, and there is no branch. So
-one sum of squares serves every norm below 2^64, a second one of squares made 2^152 times smaller the norms above, and
-the product with their factors is all that touches the weights.
+XLA writes a ball's projection into the donated weights if the array keeps its shape (a reshape in the last product
+makes XLA copy) and is multiplied by 1 rather than selected where it stays. One sum of squares serves every norm below
+2^64; a vector whose squares overflow is first made 2^76 times smaller, on a CPU behind a branch that is hardly ever
+taken. The branch stands before the product, for XLA runs what is in a branch on one core.
 
 The guard is `projgd.projections.ball_limits`: the same threshold and target as the reference. Its proof needs a norm
 that errs by at most `projections.guard`. XLA adds in an order of its own (it merges the reference's blocks too);
@@ -12,7 +12,6 @@ measured on a CPU a norm errs by less than 5 units for up to 1,000,000 entries, 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -24,22 +23,18 @@ from projgd.optax.placement import Placed
 
 finfo: Any = jnp.finfo  # has no types
 
-# By dtype: the squares of numbers 2^-FAR as large never overflow; a norm that overflows when squared is divided by
-# 2^NEAR first; and the two sums leave no gap between them for a c within 2^-RANGE and 2^RANGE.
-FAR, NEAR, RANGE = {"float32": 76, "float64": 560}, {"float32": 64, "float64": 512}, {"float32": 40, "float64": 300}
-
 
 def land(x: jax.Array, asked: Placed) -> jax.Array:
     """`x` in its set, as `Constraint.project`, but that subnormal numbers may become 0, as in XLA's sums."""
     vectors = asked.vectors
     if type(asked.constraint) is MaxNorm and vectors.shape == x.shape and x.size:
         kind = projections.float_type(x)
-        c, reach = asked.constraint.c, RANGE[kind.compute]
+        c, reach = asked.constraint.c, projections.RANGE[kind.compute]
         traced = not isinstance(c, (int, float))
         if traced:
             c = jnp.asarray(c).astype(kind.compute)
             c = jnp.where((c >= 2.0**-reach) & (c <= 2.0**reach), c, jnp.nan)
-        if traced or 2.0**-reach <= c <= 2.0**reach:
+        if traced or projections.squares_fit(kind, c):
             limits = projections.ball_limits(kind, _whole(asked), vectors.axes, c, jnp)
             if not limits.fill:
                 return _into_ball(x, limits, asked)
@@ -50,18 +45,21 @@ def land(x: jax.Array, asked: Placed) -> jax.Array:
 
 
 def _into_ball(x: jax.Array, limits: projections.BallLimits, asked: Placed) -> jax.Array:
+    def total(squares: jax.Array) -> jax.Array:
+        within = jnp.sum(squares, axis=asked.vectors.axes, keepdims=True)
+        return jax.lax.psum(within, asked.over) if asked.over else within  # type: ignore[no-untyped-call]
+
+    def nearer(x: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale, fine = projections.shrunk(total, x, square, jnp)
+        return x * scale.astype(x.dtype), fine
+
     compute = projections.float_type(x).compute
-    near = NEAR[compute]
-    far = FAR[compute] + asked.index % 32  # if parameters of one shape share a number, XLA makes an array of it
-    w = x.astype(compute)
-    square = _total(jnp.square(w), asked)
-    square_far = _total(jnp.square(w * 2.0**-far), asked)
-    huge = jnp.isinf(square)  # or a vector with NaN or inf, which also has no finite `square_far`
-    norm = jnp.where(huge, jnp.sqrt(square_far) * math.ldexp(1.0, far - near), jnp.sqrt(square))
-    outside = jnp.isfinite(square_far) & (huge | ~(norm <= limits.threshold))  # "not inside": a NaN c shows
-    first = jnp.where(outside & huge, 2.0**-near, 1.0).astype(compute)
-    then = jnp.where(outside, limits.target / jnp.where(outside, norm, 1.0), 1.0).astype(compute)
-    return (w * first * then).astype(x.dtype)
+    square = total(x.astype(compute) * x.astype(compute))
+    x, fine = projections.seldom(jnp.any(jnp.isinf(square)), nearer, lambda *same: same, x, square)
+    norm = jnp.sqrt(jnp.maximum(fine, finfo(compute).tiny))  # at 0 the root has no derivative
+    outside = jnp.isfinite(fine) & (jnp.isinf(square) | ~(norm <= limits.threshold))  # "not inside": a NaN c shows
+    factor = jnp.where(outside, limits.target / jnp.where(outside, norm, 1.0), 1.0).astype(compute)
+    return jnp.asarray(x.astype(compute) * factor, x.dtype)
 
 
 def _whole(asked: Placed) -> tuple[int, ...]:
@@ -70,11 +68,6 @@ def _whole(asked: Placed) -> tuple[int, ...]:
     if asked.over:
         shape[max(asked.vectors.axes, key=shape.__getitem__)] *= jax.lax.axis_size(asked.over)
     return tuple(shape)
-
-
-def _total(squares: jax.Array, asked: Placed) -> jax.Array:
-    total = jnp.sum(squares, axis=asked.vectors.axes, keepdims=True)
-    return jax.lax.psum(total, asked.over) if asked.over else total  # type: ignore[no-untyped-call]
 
 
 def add(p: Any, u: Any) -> jax.Array:

@@ -54,8 +54,8 @@ def place(constraints: Constraints, params: Any, split_over: SplitOver | None = 
 
     Raises:
         TypeError: a constrained leaf with an integer or complex dtype.
-        ValueError: a rule that matches nothing, a tree of another structure, an axis that a leaf does not have, a bare
-            1-D array under a fan-in constraint.
+        ValueError: a rule that matches nothing, only what others before it take, or nothing with a fan-in; a tree of
+            another structure, an axis that a leaf does not have, a bare 1-D array under a fan-in constraint.
 
     >>> import jax.numpy as jnp
     >>> from projgd import MaxNorm
@@ -74,7 +74,10 @@ def place(constraints: Constraints, params: Any, split_over: SplitOver | None = 
     if isinstance(constraints, Constraint) and found and found[0] and not found[0].name:
         _refuse_flat(constraints, found[0])
     over = rules.first_match(split_over or {}, [leaf.name for leaf in found if leaf])
-    return [_placed(leaf, asked[i], i, over) for i, leaf in enumerate(found)]
+    placed = [_placed(leaf, asked[i], i, over) for i, leaf in enumerate(found)]
+    if _is_rules(constraints, params):
+        rules.refuse_idle(constraints, {leaf.name: bool(p) for leaf, p in zip(found, placed, strict=True) if leaf})
+    return placed
 
 
 def _placed(leaf: Leaf | None, constraint: Constraint | None, index: int, over: Mapping[str, Any]) -> Placed | None:

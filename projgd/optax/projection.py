@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -214,21 +215,27 @@ def _is_axis(axis: Any) -> bool:
 
 def _project_update(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
-    u = as_stored(u)
-    landing = add(p, u)
-    q = rounded(land(landing, asked))
-    u = u.astype(jnp.promote_types(u.dtype, p.dtype))
-    return jnp.where((q == landing) | jnp.isnan(landing), u, _difference(q, p, u.dtype))
+    return _difference(rounded(land(add(p, as_stored(u)), asked)), p, jnp.promote_types(u.dtype, p.dtype))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
-    """u with |p + u| ≤ |q| entry by entry, as near to q as dtype allows: q itself whenever p is not far larger.
+    """d with |p + d| ≤ |q| entry by entry, and p + d = q wherever some d of `dtype` gives that.
 
-    q - p rounds, and p + (q - p) rounds again; where that ends beyond q, one step back is enough, or -p, which ends
-    at 0.
+    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough, or d = -p, which ends at
+    0. Made of q and p alone, for XLA to hold no other copy.
     """
-    u = rounded(q.astype(dtype) - p.astype(dtype))
-    inward = jnp.where(q > 0, -jnp.inf, jnp.inf).astype(dtype)
-    for nearer in (jnp.nextafter(u, inward), -p.astype(dtype)):
-        u = jnp.where(jnp.abs(add(p, u)) > jnp.abs(q), nearer, u)
-    return u
+    d = jnp.where(q == p, 0, q.astype(dtype) - p.astype(dtype))  # inf stays
+    d = rounded(jnp.where(p == 0, q.astype(dtype), d))  # and so does -0
+    reached = add(p, d)
+    bits = jax.lax.bitcast_convert_type(d, f"int{8 * d.dtype.itemsize}")
+    away = jnp.where((d < 0) == (reached < 0), 1, -1).astype(bits.dtype)  # the step of d that makes |reached| larger
+    step = jnp.where(jnp.abs(reached) > jnp.abs(q), -away, away)
+    next_d = jax.lax.bitcast_convert_type(bits + jnp.where(reached == q, 0, step), d.dtype)
+    d = jnp.where((jnp.abs(reached) > jnp.abs(q)) & (d != 0), -p.astype(dtype), d)
+    return jnp.where(jnp.abs(add(p, next_d)) <= jnp.abs(q), next_d, d)
+
+
+@_difference.defjvp
+def _derivative(dtype: Any, at: tuple[Any, Any], along: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    return _difference(*at, dtype), along[0].astype(dtype) - along[1].astype(dtype)

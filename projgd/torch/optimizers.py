@@ -39,6 +39,7 @@ class Projected(Optimizer):
     """
 
     inner: ClassVar[type[Optimizer]]
+    __signature__: ClassVar[inspect.Signature]  # what help() shows
     _seen: tuple[_Seen, ...] = ()  # the groups as they were when they were last checked
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -50,6 +51,7 @@ class Projected(Optimizer):
             name = f"{cls.inner.__module__}.{cls.inner.__qualname__}"
             cls.__doc__ = cls.__doc__ or f"`{name}` with a projection after every step; see `projgd.torch.projected`."
             _made.setdefault(cls.inner, cls)
+        cls.__signature__ = _signature(cls)
         step: Any = _unhooked(cls.step)
         if step is not Projected.step and not hasattr(step, "projects"):
             cls.step = _then_projected(step)  # type: ignore[method-assign]
@@ -106,7 +108,7 @@ class Projected(Optimizer):
         self._waiting |= initial
         self._seen = (*self._seen, _Seen.of(self.param_groups[-1]))
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """The inner optimizer's own step, its update shaped where a group says so, then the projection.
 
         The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
@@ -116,9 +118,9 @@ class Projected(Optimizer):
             TypeError, ValueError: a setting changed in a group that cannot be honoured; nothing is written then.
         """
         self._settle()
-        fused_step = None if kwargs else path.stepper(self)
+        fused_step = None if args or kwargs else path.stepper(self)
         if fused_step is None:
-            return self._eager_step(closure, **kwargs)
+            return self._eager_step(closure, *args, **kwargs)
         with torch.enable_grad():
             loss = None if closure is None else closure()
         with torch.no_grad():
@@ -142,16 +144,17 @@ class Projected(Optimizer):
         self._settle()
         return path.by_parameter(self)
 
-    def _eager_step(self, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+    def _eager_step(self, closure: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
         inner: Any = _unhooked(self.inner.step)
         differentiable = bool(self.defaults.get("differentiable"))
         breaks_graphs = torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS
 
         def call(closure: Callable[[], Any] | None) -> Any:
+            given = (self, closure, *args) if args or closure is not None else (self,)
             if not breaks_graphs:
-                return _call(inner, self, closure, kwargs)
+                return inner(*given, **kwargs)
             with torch.set_grad_enabled(differentiable):
-                return _call(inner.__wrapped__, self, closure, kwargs)
+                return inner.__wrapped__(*given, **kwargs)
 
         rows = None if torch.compiler.is_compiling() else self._rows  # a compiled graph has no sparse gradients
         if rows:
@@ -215,13 +218,13 @@ class Projected(Optimizer):
     def _settle(self) -> None:
         """Check what has been changed in the groups since they were last seen, and let it hold from now on."""
         if len(self._seen) != len(self.param_groups) or not all(map(_Seen.still, self._seen, self.param_groups)):
-            self._adopt()
-        if self._has_projected is False and not torch.compiler.is_compiling():
+            self._adopt_changed_settings()
+        if not torch.compiler.is_compiling() and self._has_projected is False:
             for i, group in enumerate(self.param_groups):  # once more: the model may have been wrapped since
                 settings.check(settings.constraint_of(group), settings.named(group, i), group["metric"])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _adopt(self) -> None:
+    def _adopt_changed_settings(self) -> None:
         seen = {id(s.group): s for s in self._seen}
         self._seen = tuple(self._look(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups))
         held = set(map(id, _in_order(self.param_groups)))  # no others are kept alive for their radii
@@ -381,10 +384,6 @@ def _blank(cls: type[Optimizer]) -> Projected:
     return made.__new__(made)
 
 
-def _call(step: Any, optimizer: Optimizer, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
-    return step(optimizer, **kwargs) if closure is None else step(optimizer, closure, **kwargs)
-
-
 def _in_order(groups: Iterable[dict[str, Any]]) -> list[Any]:
     return [p for group in groups for p in group["params"]]
 
@@ -411,6 +410,15 @@ def _tensors(params: Any) -> list[Any]:
 def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
     return f": did you mean {near[0]!r}?" if near else ""
+
+
+def _signature(cls: type[Projected]) -> inspect.Signature:
+    """What the constructor takes: of a class that has none of its own, what the inner one takes, and the settings."""
+    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if cls.__init__ is Projected.__init__:
+        settings_only = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        own = sorted([*inspect.signature(cls.inner).parameters.values(), *settings_only], key=lambda p: p.kind)
+    return inspect.Signature(own)
 
 
 def _unhooked(step: Any) -> Any:

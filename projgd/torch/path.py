@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +17,42 @@ from torch.optim import SGD, Adam, AdamW
 
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import metrics
 from projgd.torch.settings import constraint_of, named
 
 if TYPE_CHECKING:
     from projgd.torch.optimizers import Projected
 
 KERNELS = (SGD, Adam, AdamW)
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the kernels for a device are, and what they need."""
+
+    module: str
+    package: str  # that compiles them
+    get_it: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+MACHINES = {
+    "cpu": Machine(
+        "projgd.torch.kernels.cpu_batch",
+        "numba",
+        'pip install "projgd[fast]"',
+        (torch.float32, torch.bfloat16, torch.float64),
+    ),
+    "cuda": Machine(
+        "projgd.torch.kernels.gpu_batch",
+        "triton",
+        "it comes with PyTorch for CUDA; numpy is needed too",
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    ),
+}
+"""By type of device."""
 
 Memory = tuple[type, torch.device, torch.dtype, torch.Size, tuple[int, ...]]
 """What a kernel must know of a tensor but its address: class, device, dtype, shape and strides."""
-
-Projector = Callable[[Sequence[torch.Tensor], Any, Any], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +62,8 @@ class Path:
     `name` is "fused" (one kernel updates and projects), "kernel" (one projects, after the optimizer's own step) or
     "eager" (operations of PyTorch).
 
-    >>> print(Path("eager", "it is on cuda, and the kernels run on a CPU"))
-    eager: it is on cuda, and the kernels run on a CPU
+    >>> print(Path("eager", "there are no kernels for mps"))
+    eager: there are no kernels for mps
     """
 
     name: str
@@ -52,7 +76,7 @@ class Path:
         return self.name != "eager"
 
 
-FUSED = Path("fused", "one numba kernel updates and projects all tensors of the group")
+FUSED = Path("fused", "one kernel updates and projects all tensors of the group")
 
 
 def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]] | None:
@@ -64,13 +88,15 @@ def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]]
     return fused.step
 
 
-def projector(constraint: Constraint, metric: metrics.Metric | None) -> Projector | None:
+def projector(
+    params: Sequence[torch.Tensor], constraint: Constraint
+) -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]] | None:
     """The function that takes what it can of a projection in a kernel; None where nothing can be."""
-    return _projector() if isinstance(metric, metrics.OfStep | None) and of_projection(constraint) else None
+    return _projector() if of_projection(constraint) and _any_machine(params) else None
 
 
 @functools.cache
-def _projector() -> Projector:
+def _projector() -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]]:
     from projgd.torch.kernels import batch
 
     return batch.project
@@ -82,18 +108,19 @@ def by_parameter(optimizer: Projected) -> dict[str, Path]:
     for i, group in enumerate(optimizer.param_groups):
         constraint = constraint_of(group)
         fused = of_optimizer(optimizer) and of_group(group, constraint)
-        metric = metrics.after_step(optimizer, optimizer.inner, group, {})
-        after = _after_step(optimizer, constraint)
+        after = _after_step(optimizer, group, constraint)
         for name, p in named(group, i).items():
-            whole = fused and of_param(p, p.grad, constraint, metric is not None)
-            paths[name] = whole if whole else _alone(after, whole, p, constraint, metric)
+            whole = fused and of_param(p, p.grad, constraint)
+            paths[name] = whole if whole else _alone(after, whole, p, constraint)
     return paths
 
 
-def _after_step(optimizer: Projected, constraint: Constraint | None) -> Path:
+def _after_step(optimizer: Projected, group: Mapping[str, Any], constraint: Constraint | None) -> Path:
     """Whether the projection after the optimizer's own step may be a kernel's."""
     if constraint is None:
         return Path("eager", "there is no constraint")
+    if group["metric"] != "euclidean":
+        return Path("eager", "the kernels know the Euclidean metric only")
     if getattr(optimizer, "found_inf", None) is not None:
         return Path("eager", "GradScaler has a say in this step")
     if optimizer.defaults.get("differentiable"):
@@ -102,18 +129,17 @@ def _after_step(optimizer: Projected, constraint: Constraint | None) -> Path:
         return of_projection(constraint)
 
 
-def _alone(
-    after: Path, whole: Path, p: torch.Tensor, constraint: Constraint | None, metric: metrics.OfStep | None
-) -> Path:
+def _alone(after: Path, whole: Path, p: torch.Tensor, constraint: Constraint | None) -> Path:
     if not after or constraint is None:
         return after
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
         return Path("eager", "it has no fan-in: nothing of it is projected")
-    if metric is not None and ((root := metric.root(p)) is None or not alike(root.v, p)):
-        return Path("eager", "the kernels know metrics √v + ε, with v from a step that has been taken")
-    found = of_memory(memory(p), vectors, metric is not None)
-    return Path("kernel", f"one numba kernel projects, after the optimizer's own step: {whole.why}") if found else found
+    found = of_memory(memory(p), vectors)
+    if not found:
+        return found
+    package = MACHINES[p.device.type].package
+    return Path("kernel", f"one {package} kernel projects, after the optimizer's own step: {whole.why}")
 
 
 def of_optimizer(optimizer: Projected) -> Path:
@@ -126,7 +152,7 @@ def of_optimizer(optimizer: Projected) -> Path:
         return Path("eager", f"there is no fused kernel for {optimizer.inner.__name__}, only for SGD, Adam and AdamW")
     if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
         return Path("eager", "GradScaler has a say in this step")
-    return _numba()
+    return _any_machine([group["params"][0] for group in optimizer.param_groups if group["params"]])
 
 
 def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:
@@ -135,9 +161,9 @@ def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:
         return Path("eager", "fused=True was not passed for its group")
     if constraint is not None and not (known := _of_set(constraint)):
         return known
-    if group["update"] is not None or group["gradient"] is not None:
-        return Path("eager", "the kernels take gradient and update as they come")
-    if group.get("capturable"):
+    if group["update"] is not None or group["gradient"] is not None or group["metric"] != "euclidean":
+        return Path("eager", "the kernels take gradient and update as they come, and the Euclidean metric")
+    if group.get("capturable") and all(p.device.type == "cpu" for p in group["params"][:1]):
         return Path("eager", "capturable=True was passed")
     return FUSED
 
@@ -148,7 +174,7 @@ def of_projection(constraint: Constraint) -> Path:
         return Path("eager", "torch.compile makes its own kernels")
     if torch.is_grad_enabled():
         return Path("eager", "autograd follows the projection")
-    return _of_set(constraint) and _numba()
+    return _of_set(constraint)
 
 
 def _of_set(constraint: Constraint) -> Path:
@@ -159,12 +185,9 @@ def _of_set(constraint: Constraint) -> Path:
     return FUSED
 
 
-def of_param(
-    p: torch.Tensor, grad: torch.Tensor | None, constraint: Constraint | None, in_metric: bool = False
-) -> Path:
+def of_param(p: torch.Tensor, grad: torch.Tensor | None, constraint: Constraint | None) -> Path:
     """What a parameter, its memory and its gradient allow."""
-    vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first")
-    found = of_memory(memory(p), vectors, in_metric)
+    found = of_memory(memory(p), None if constraint is None else constraint.resolve(tuple(p.shape), "out_first"))
     if found and grad is not None and not alike(grad, p):
         return Path("eager", "its gradient is sparse, or not laid out in memory as the parameter is")
     return found
@@ -175,25 +198,26 @@ def memory(p: torch.Tensor) -> Memory:
     return type(p), p.device, p.dtype, p.shape, p.stride()
 
 
-def of_memory(memory: Memory, vectors: Vectors | None, in_metric: bool = False) -> Path:
+def of_memory(memory: Memory, vectors: Vectors | None) -> Path:
     """What the memory of a tensor allows; with `vectors` None it is not projected."""
     from projgd.torch.kernels import plan
 
     cls, device, dtype, shape, stride = memory
     if cls not in (torch.Tensor, torch.nn.Parameter):
         return Path("eager", f"it is a {cls.__name__}")
-    if device.type != "cpu":
-        return Path("eager", f"it is on {device.type}, and the kernels run on a CPU")
-    if dtype not in DTYPES:
-        return Path("eager", f"the kernels know float32, bfloat16 and float64, not {str(dtype).removeprefix('torch.')}")
-    layout = plan.layout_of(shape, stride, vectors)
-    if 0 in shape or layout is None:
+    if not (found := _machine(device.type)):
+        return found
+    machine = MACHINES[device.type]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return Path("eager", "Triton is for newer GPUs")
+    if dtype not in machine.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in machine.dtypes)
+        return Path("eager", f"the kernels know {known}, not {str(dtype).removeprefix('torch.')}")
+    if 0 in shape or plan.layout_of(shape, stride, vectors) is None:
         return Path("eager", "its memory has gaps, or its vectors lie in it in no regular way")
     if dtype == torch.float64 and vectors is not None and vectors.length > 2**21:
         return Path("eager", "its vectors are too long for a sum in float64 that is known to be good enough")
-    if in_metric and vectors is not None and (dtype == torch.float64 or layout[1] != 1):
-        return Path("eager", "the kernels know a metric for float32 and bfloat16, and vectors of contiguous memory")
-    return FUSED
+    return found
 
 
 def alike(a: torch.Tensor, p: torch.Tensor) -> bool:
@@ -206,17 +230,30 @@ def alike(a: torch.Tensor, p: torch.Tensor) -> bool:
     )
 
 
-def _numba() -> Path:
-    if _forked:
+def _any_machine(tensors: Sequence[torch.Tensor]) -> Path:
+    """Whether there are kernels for the device of one of these tensors."""
+    found = FUSED
+    for kind in {p.device.type for p in tensors}:
+        found = _machine(kind)
+        if found:
+            break
+    return found
+
+
+def _machine(kind: str) -> Path:
+    """Whether there are kernels for a type of device, here and now."""
+    if kind == "cpu" and _forked:
         return Path("eager", "this process was forked from one in which numba's threads had been at work")
-    return _found()
+    return _found(MACHINES[kind]) if kind in MACHINES else Path("eager", f"there are no kernels for {kind}")
 
 
 @functools.cache
-def _found() -> Path:
-    if importlib.util.find_spec("numba") is None or importlib.util.find_spec("numpy") is None:
-        return Path("eager", 'numba is not installed: pip install "projgd[fast]"')
-    return FUSED
+def _found(machine: Machine) -> Path:
+    if any(importlib.util.find_spec(package) is None for package in (machine.package, "numpy")):
+        return Path("eager", f"{machine.package} is not installed: {machine.get_it}")
+    if machine.package == "triton" and not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return Path("eager", "Triton needs a C compiler, and there is none")
+    return Path("fused", f"one {machine.package} kernel updates and projects all tensors of the group")
 
 
 _forked = False

@@ -78,8 +78,8 @@ def project_whole(
     params: Sequence[torch.Tensor], constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
 ) -> None:
     """What a kernel can take in one call, the others one by one."""
-    if skip is None and (kernel := path.projector(constraint, metric)):
-        params = kernel(params, constraint, metric)
+    if skip is None and metric is None and (kernel := path.projector(params, constraint)):
+        params = kernel(params, constraint)
     for p in params:
         project_(p, constraint, skip, metric)
 
@@ -92,7 +92,10 @@ def _project_rows(
         return diagonal if diagonal is None or pick is None else pick(diagonal)
 
     x = p.index_select(0, moved)
-    project_whole([x], constraint, skip, metric and of)
+    if x.device.type == "cpu":
+        project_whole([x], constraint, skip, metric and of)
+    else:  # kernels need tables on the device, which are not worth making for a tensor of this step
+        project_(x, constraint, skip, metric and of)
     p.index_copy_(0, moved, x)  # a row that is there twice is the same twice
 
 

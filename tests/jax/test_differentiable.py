@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
 from projgd import MaxNorm, NonNegative, UnitNorm
+from projgd.optax import apply_updates, maxnorm_projection
 
 RNG = np.random.default_rng(0)
 # Columns inside, outside, far outside, far inside, and zero.
@@ -82,3 +84,23 @@ def test_inside_a_loss():
     assert np.isfinite(grads).all()
     huge = jnp.full((3, 1), 1e30, jnp.float32)
     assert np.isfinite(jax.grad(lambda x: jnp.sum(MaxNorm(4.0).project(x)))(huge)).all()
+
+
+def chained(p, u, c):
+    tx = maxnorm_projection(c, axis=0)
+    return optax.apply_updates(p, tx.update(u, tx.init(p), p)[0])
+
+
+@pytest.mark.parametrize("way", [chained, lambda p, u, c: apply_updates(p, u, MaxNorm(c, axis=0))])
+def test_of_a_step_as_in_meta_learning(way):
+    """By the weights and by the update it is the derivative of the projection of their sum, at a zero vector too."""
+    p, u = np.asarray(X / 2, np.float32), np.asarray(X - np.asarray(X / 2, np.float32), np.float32)
+    expected = slope(FORMULAS["MaxNorm"][1], X, V)
+    scale = np.abs(expected).max(axis=0).clip(0.01)  # a chained update's own derivative is near 1: it cancels
+    for a, b in ((V, 0 * V), (0 * V, V)):
+        tangents = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        found = jax.jvp(lambda p, u: way(p, u, 0.5), (p, u), tangents)[1]
+        np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
+    pulled = jax.jit(lambda p, u: jax.vjp(lambda p, u: way(p, u, 0.5), p, u)[1](np.asarray(V, np.float32)))(p, u)
+    for found in pulled:
+        np.testing.assert_allclose(np.asarray(found) / scale, expected / scale, atol=2e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,11 @@ def true_norm(w) -> np.ndarray:
 @jax.jit
 def landed(p, u, c):
     return apply_updates(p, u, MaxNorm(c))
+
+
+def chained(p, u, c):
+    tx = maxnorm_projection(c)
+    return optax.apply_updates(p, tx.update(u, tx.init(p), p)[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,6 +102,40 @@ def test_huge_tiny_and_broken_vectors():
             np.testing.assert_array_equal(np.signbit(found[name]), np.signbit(np.asarray(columns[name], np.float32)))
 
 
+def test_a_batch_is_its_parts():
+    """Under vmap every branch is taken; vectors that overflow when squared are in one part and not in the other."""
+    rng = np.random.default_rng(0)
+    p = jnp.asarray(rng.standard_normal((2, 40, 6)), jnp.float32).at[1, 3, :3].set(1e30)
+    u = jnp.asarray(rng.standard_normal(p.shape), jnp.float32)
+    for step in (landed, jax.jit(chained)):
+        both = jax.vmap(step, in_axes=(0, 0, None))(p, u, 4.0)
+        np.testing.assert_array_equal(both, np.stack([step(p[i], u[i], 4.0) for i in (0, 1)]))
+
+
+MIXED = [("float32",) * 2, ("bfloat16",) * 2, ("float16",) * 2, ("bfloat16", "float32"), ("float16", "float32")]
+
+
+@pytest.mark.parametrize(("stored", "update"), MIXED)
+def test_where_nothing_binds_the_weights_are_those_of_the_plain_step(stored, update):
+    """Bit for bit, though the chained update is made anew from where p + u lands; but -0 may be 0 for a wider u."""
+    rng = np.random.default_rng(0)
+    n, reach = 200_000, 10 if stored == "float16" else 30
+    p = rng.standard_normal(n) * 2.0 ** rng.integers(-reach, reach, n)
+    u = p * rng.standard_normal(n) * 2.0 ** rng.integers(-30, 30, n)
+    u[: n // 4] = -p[: n // 4] * (1 + rng.standard_normal(n // 4) * 2.0 ** rng.integers(-24, 0, n // 4))
+    hard = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 3e38, -3e38, 1e-37, -1e-37, 65504.0, 2.0**-24]
+    with np.errstate(over="ignore"):
+        p = jnp.asarray(np.concatenate([p, np.repeat(hard, len(hard))]), stored)[None]
+        u = jnp.asarray(np.concatenate([u, np.tile(hard, len(hard))]), update)[None]
+    c = 1e9 if stored == "float16" else 1e12
+    keep = ~(np.abs(np.asarray(p + u, np.float64)) > c)[0]
+    plain = np.asarray(jax.jit(optax.apply_updates)(p, u), np.float64)[:, keep]
+    ours = np.asarray(jax.jit(chained)(p, u, c), np.float64)[:, keep]
+    np.testing.assert_array_equal(ours, plain)
+    if stored == update:
+        np.testing.assert_array_equal(np.signbit(ours), np.signbit(plain))
+
+
 @pytest.mark.parametrize("c", [np.nan, -1.0, 0.0])
 def test_a_traced_c_that_is_no_bound_shows(c):
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -143,28 +184,30 @@ def test_none_and_masked_leaves_stay():
     np.testing.assert_array_equal(moved["c"], params["c"])
 
 
-def adam_step(after):
-    """A jitted Adam step with donated parameters and state; `after(params, updates)` moves the parameters."""
+def adam_step(tx, move):
+    """A jitted Adam step with donated parameters and state; its temporary bytes, those of the weights, and its HLO."""
     shapes = [(3, 3, 64, 64), (3, 3, 64, 64), (1, 1, 64, 256), (256, 100), (100,)]
     params = {str(i): jnp.ones(shape) for i, shape in enumerate(shapes)}
-    tx = optax.adam(1e-3)
+    tx = optax.chain(optax.adam(1e-3), tx)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
-        return after(params, updates), state
+        return move(params, updates), state
 
     state = tx.init(params)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-    return compiled, sum(p.nbytes for p in params.values())
+    extra = compiled.memory_analysis().temp_size_in_bytes
+    return extra, sum(p.nbytes for p in params.values()), compiled.as_text()
 
 
-def test_memory_of_apply_updates():
-    """Nothing but norms and factors beside the donated arrays: no second copy of any weight."""
-    plain, _ = adam_step(optax.apply_updates)
-    ours, weights = adam_step(lambda p, u: apply_updates(p, u, MaxNorm(1.0)))
-    extra = ours.memory_analysis().temp_size_in_bytes - plain.memory_analysis().temp_size_in_bytes
-    assert extra < 0.05 * weights
-    assert " copy(" not in ours.as_text()
+def test_memory_of_a_step():
+    """In place of `optax.apply_updates`: norms and factors, no copy of a weight. Chained: one copy of all weights."""
+    plain, weights, _ = adam_step(optax.identity(), optax.apply_updates)
+    ours, _, text = adam_step(optax.identity(), lambda p, u: apply_updates(p, u, MaxNorm(1.0)))
+    assert ours - plain < 0.05 * weights
+    assert not re.search(r"\[\d\d+\S* copy\(|\[3,\S* copy\(", text)
+    chained, _, _ = adam_step(maxnorm_projection(1.0), optax.apply_updates)
+    assert chained - plain < 1.05 * weights
 
 
 def test_a_step_where_nothing_binds_is_the_optimizers_own():

@@ -195,6 +195,8 @@ def test_bad_settings_are_refused_when_they_are_made(settings, error, message):
         (optax.masked(maxnorm_projection(C), {"conv": True}), ValueError, "dense"),
         (optax.masked(maxnorm_projection(C), {"conv": {"kernel": True}, "dense": True}), ValueError, "bias"),
         (projection({"conv/kernle": MaxNorm(C)}), ValueError, "conv/kernel"),
+        (projection({"conv/*": MaxNorm(C), "conv/kernel": None}), ValueError, "'conv/kernel' says nothing"),
+        (projection({"conv/bias": MaxNorm(C)}), ValueError, "'conv/bias' applies only to parameters without a fan-in"),
     ],
 )
 @pytest.mark.parametrize("traced", [False, True])

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "jax", "optax", "keras", "tensorflow", "numba", "matplotlib")
 
 BLOCK = """
-import sys
+import importlib.util, sys
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *parent: None if name in {absent!r} else find_spec(name, *parent)
 
 class Absent:
     def find_spec(self, name, path=None, target=None):

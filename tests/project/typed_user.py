@@ -26,8 +26,8 @@ from projgd.torch import (
 class Mine(ProjectedAdam):
     """A class of the user's own."""
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        return super().step(closure, **kwargs)
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return super().step(closure)
 
 
 class Top(projgd.ProjectedSGD):

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from projgd import MaxNorm, projections
 from projgd.axes import Split
-from projgd.torch import ProjectedSGD
-from projgd.torch.kernels import plan
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedRMSprop, ProjectedSGD, path
 from projgd.torch.kernels.rules import Adam, Sgd
 from tests.contract import NUMPY, TIGHT, exact_norms, judge
 from tests.torch.option_sets import EVERY, IDS
 
 pytest.importorskip("triton")
-from projgd.torch.kernels import gpu_batch
+from projgd.torch.kernels import batch, gpu, gpu_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of squares of float64, on purpose
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,17 +45,7 @@ WAYS = [
 
 
 def batch_of(params, vectors):
-    layouts = [plan.layout_of(p.shape, p.stride(), v) for p, v in zip(params, vectors, strict=True)]
-    return gpu_batch.Batch(params[0].dtype, DEVICE, layouts, [v is None for v in vectors])
-
-
-def limits_of(params, vectors, c):
-    limits = np.full((len(params), 2), np.inf)
-    for i, (p, v) in enumerate(zip(params, vectors, strict=True)):
-        if v is not None:
-            bands = projections.ball_limits(projections.float_type(p), v.shape, v.axes, c, np)
-            limits[i] = bands.threshold, bands.target
-    return limits
+    return gpu_batch.Batch([path.memory(p) for p in params], vectors)
 
 
 def addresses(*operands):
@@ -99,10 +88,10 @@ def test_contract_on_every_way_through_memory(dtype):
     vectors = [MaxNorm(c, axis).resolve(shape, "out_first") for shape, axis in WAYS]
     params = [start(s, v, getattr(torch, dtype), c) for (s, _), v in zip(WAYS, vectors, strict=True)]
     before = [p.clone() for p in params]
-    batch, limits = batch_of(params, vectors), limits_of(params, vectors, c)
-    batch.run(limits, addresses(params))
+    made = batch_of(params, vectors)
+    made.run(c, addresses(params))
     after = [p.clone() for p in params]
-    batch.run(limits, addresses(params))
+    made.run(c, addresses(params))
     for old, new, again, v, (shape, axis) in zip(before, after, params, vectors, WAYS, strict=True):
         if v is None:
             assert torch.equal(old, again)
@@ -118,13 +107,13 @@ def test_contract_on_every_way_through_memory(dtype):
 def test_a_long_vector_of_equal_entries(dtype):
     """What adds them up one after the other in float32 is off by thousands of units."""
     p = torch.full((1, 100_003), 1.01 / 100_003**0.5, dtype=torch.float64).to(DEVICE, getattr(torch, dtype))
-    vectors = [MaxNorm(1.0).resolve(p.shape, "out_first")]
+    c, vectors = 1.0, [MaxNorm(1.0).resolve(p.shape, "out_first")]
     before = columns(p, vectors[0])
-    batch, limits = batch_of([p], vectors), limits_of([p], vectors, 1.0)
-    batch.run(limits, addresses([p]))
+    made = batch_of([p], vectors)
+    made.run(c, addresses([p]))
     after = columns(p, vectors[0])
-    batch.run(limits, addresses([p]))
-    judge(before, after, columns(p, vectors[0]), 1.0)
+    made.run(c, addresses([p]))
+    judge(before, after, columns(p, vectors[0]), c)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -142,10 +131,10 @@ def test_the_largest_and_the_smallest_numbers(dtype, c):
     x[7] = torch.linspace(-1, 1, 16) * kind.max
     p = x.to(DEVICE)
     vectors = [MaxNorm(c).resolve(p.shape, "out_first")]
-    batch, limits = batch_of([p], vectors), limits_of([p], vectors, c)
-    batch.run(limits, addresses([p]))
+    made = batch_of([p], vectors)
+    made.run(c, addresses([p]))
     after = columns(p, vectors[0])
-    batch.run(limits, addresses([p]))
+    made.run(c, addresses([p]))
     judge(columns(x, vectors[0]), after, columns(p, vectors[0]), c)
 
 
@@ -164,10 +153,10 @@ def test_any_shape_and_size(dtype, shape, exponent, seed):
     )
     vectors = [MaxNorm(c, seed % len(shape)).resolve(tuple(shape), "out_first")]
     before = columns(p, vectors[0])
-    batch, limits = batch_of([p], vectors), limits_of([p], vectors, c)
-    batch.run(limits, addresses([p]))
+    made = batch_of([p], vectors)
+    made.run(c, addresses([p]))
     after = columns(p, vectors[0])
-    batch.run(limits, addresses([p]))
+    made.run(c, addresses([p]))
     judge(before, after, columns(p, vectors[0]), c)
 
 
@@ -176,9 +165,9 @@ def test_c_moves_and_what_is_not_aligned_is_projected_too():
         p = torch.randn(1 + 12 * 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)[first:][: 12 * 64]
         p = p.view(12, 64)
         vectors = [MaxNorm(1.0).resolve(p.shape, "out_first")]
-        batch = batch_of([p], vectors)
+        made = batch_of([p], vectors)
         for c in (4.0, 1.0, 0.25):
-            batch.run(limits_of([p], vectors, c), addresses([p]))
+            made.run(c, addresses([p]))
             norms = exact_norms(columns(p, vectors[0]))
             assert (norms <= c).all()
             assert (norms >= c * (1 - 1e-5)).all()
@@ -186,7 +175,7 @@ def test_c_moves_and_what_is_not_aligned_is_projected_too():
 
 def test_squares_that_overflow_do_not_concern_a_free_tensor():
     p = torch.full((64,), 1e300, dtype=torch.float64, device=DEVICE)
-    batch_of([p], [None]).run(limits_of([p], [None], 1.0), addresses([p]))
+    batch_of([p], [None]).run(1.0, addresses([p]))
     assert (p == 1e300).all()
 
 
@@ -204,7 +193,7 @@ def test_what_the_compiler_is_told_of_alignment_is_so(monkeypatch):
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
     vectors = [MaxNorm(1.0, axis).resolve(shape, "out_first") for shape, axis in WAYS]
     params = [torch.randn(shape) for shape, _ in WAYS]
-    batch_of(params, vectors).run(limits_of(params, vectors, 1.0), addresses(params))
+    batch_of(params, vectors).run(1.0, addresses(params))
     assert told
 
 
@@ -234,16 +223,16 @@ def check_steps(cls, options, dtype, shapes, steps):
     options = {**options, "weight_decay": options.get("weight_decay", 0.0)}
     stock = cls.inner(theirs, fused=True, **options)
     vectors = [MaxNorm(1e4).resolve(p.shape, "out_first") for p in ours]
-    batch, rule = batch_of(ours, vectors), rule_of(cls, options)
+    made, rule = batch_of(ours, vectors), rule_of(cls, options)
     names = ["momentum_buffer"] if cls is ProjectedSGD else ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
     states = [[torch.zeros_like(p) for p in ours] for _ in names]
     counters = [torch.zeros((), device=DEVICE) for _ in ours]
     for i in range(steps):
         grads = [torch.randn(p.shape, generator=generator).to(DEVICE, dtype) for p in ours]
         before = [[x.clone() for x in xs] for xs in (ours, *states)]
-        starts = np.full(len(ours), i == 0)
+        starts = np.full((len(ours), 2), float(i == 0))
         table, counts = addresses(ours, grads, *states), addresses(counters)[0]
-        batch.run(limits_of(ours, vectors, 1e4), table, rule, counts, starts)
+        made.run(1e4, table, rule, counts, starts)
         for b, g in zip(theirs, grads, strict=True):
             b.grad = g.to(wide, copy=True)
         stock.step()
@@ -274,27 +263,165 @@ def test_other_dtypes_and_ways_through_memory(cls, options, dtype):
     check_steps(cls, {**options, "lr": 0.1}, dtype, [(6, 40), (17,), (3, 9001), (4, 3, 3, 3)], 3)
 
 
-COMPILE = """
-import sys
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from projgd.torch.kernels import gpu, gpu_batch
+@pytest.fixture
+def door(monkeypatch):
+    """The optimizers' way to the kernels, on a CPU too."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setitem(path.MACHINES, "cpu", path.MACHINES["cuda"])
+    monkeypatch.setattr(batch, "_known", {})
 
-tables = {"layouts": "*i64", "live": "*i64", "factors": "*fp64", "tiles": "*i64", "left": "*fp64", "n": "i32"}
-for dtype, rule, second in (
-    (tl.float32, "adam", False), (tl.bfloat16, "sgd", False), (tl.float16, "project", False),
-    (tl.float32, "project", True)
+
+def tensors(shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DEVICE, dtype)) for s in shapes]
+    for p in made:
+        p.grad = torch.randn(p.shape, generator=generator).to(DEVICE, dtype)
+    return made
+
+
+@pytest.mark.usefixtures("door")
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_any_optimizer_projects_by_a_kernel(dtype):
+    shapes = [(12, 40), (5, 3, 3, 3), (40,), (3, 70)]
+    ours, plain = (tensors(shapes, getattr(torch, dtype)) for _ in range(2))
+    optimizer, stock = ProjectedRMSprop(ours, lr=0.01, c=1.0), torch.optim.RMSprop(plain, lr=0.01)
+    for c in (1.0, 1.0, 0.5):
+        optimizer.param_groups[0]["c"] = c
+        for p, q in zip(ours, plain, strict=True):
+            q.data.copy_(p)
+        optimizer.step(), stock.step()
+        for p, q in zip(ours, plain, strict=True):
+            v = MaxNorm(c).resolve(p.shape, "out_first")
+            if v is None:
+                assert torch.equal(p, q)
+            else:
+                judge(columns(q, v), columns(p, v), columns(MaxNorm(c).project(p.detach()), v), c)
+    assert [p.name for p in optimizer.projection_path().values()] == ["kernel", "kernel", "eager", "kernel"]
+    assert "triton" in str(optimizer.projection_path()["parameter 0 of group 0"])
+
+
+@pytest.mark.usefixtures("door")
+def test_float16_that_rounding_is_too_coarse_for_is_left_to_the_reference():
+    (p,) = tensors([(2, 5000)], torch.float16)
+    expected = MaxNorm(0.01).project(p.detach())
+    ProjectedSGD([p], lr=0.0, c=0.01).step()
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0)
+    norms = exact_norms(columns(p, MaxNorm(0.01).resolve(p.shape, "out_first")))
+    assert ((norms <= 0.01) & (norms >= 0.01 * (1 - 2e-3))).all()
+
+
+@pytest.mark.usefixtures("door")
+@pytest.mark.parametrize(
+    ("cls", "options"), [(ProjectedSGD, {"momentum": 0.9, "nesterov": True}), (ProjectedAdamW, {"amsgrad": True})]
+)
+def test_fused_steps_are_held_and_the_state_goes_to_the_stock_optimizer_and_back(cls, options):
+    shapes = [(12, 40), (40,), (3, 70)]
+    params, straight = tensors(shapes), tensors(shapes)
+    current = cls(params, lr=0.01, c=None, fused=True, **options)
+    reference = cls.inner(straight, lr=0.01, fused=True, **options)
+    for i in range(5):
+        if i in (2, 3):
+            other = (cls.inner if i == 2 else cls)(params, lr=0.01, fused=True, **options)
+            state = current.state_dict()
+            groups = [{k: g[k] for k in g if k in other.param_groups[0]} for g in state["param_groups"]]
+            other.load_state_dict({**state, "param_groups": groups})
+            current = other
+        current.step(), reference.step()
+        for p, q in zip(params, straight, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert current.state[p].keys() == reference.state[q].keys()
+            q.data.copy_(p)
+    assert "fused: one triton kernel" in str(current.projection_path()["parameter 0 of group 0"])
+    current.param_groups[0].update(c=1.0, lr=torch.tensor(0.02))
+    current.step()
+    for p in (params[0], params[2]):
+        norms = exact_norms(columns(p, MaxNorm(1.0).resolve(p.shape, "out_first")))
+        assert ((norms <= 1) & (norms >= 1 - 1e-5)).all()
+
+
+@pytest.mark.usefixtures("door")
+def test_many_tensors_are_one_launch_and_cut_vectors_one_more(monkeypatch):
+    launched = []
+
+    class Counting:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return step[grid]
+
+    step = gpu.step
+    monkeypatch.setattr(gpu, "step", Counting())
+    params = tensors([(2, 16), (2, 64), (16,)] * 10 + [(16, 4, 3, 8)])
+    ProjectedSGD(params, lr=0.1, momentum=0.9, c=1.0, fused=True).step()
+    assert len(launched) == 1
+    ProjectedSGD([*params, *tensors([(1, 16000)])], lr=0.1, c=1.0).step()
+    assert len(launched) == 3
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize(("cls", "options"), [(ProjectedSGD, {"momentum": 0.9}), (ProjectedAdam, {"capturable": True})])
+def test_no_step_waits_and_a_captured_step_is_the_same(cls, options, fused):
+    shapes = [(12, 40), (40,), (3, 9001), (20, 3, 3, 3)]
+    params, twins = tensors(shapes), tensors(shapes)
+    ours, twin = (cls(x, lr=0.01, c=1.0, fused=fused, **options) for x in (params, twins))
+    for _ in range(2):
+        ours.step(), twin.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.step(), twin.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for _ in range(3):
+        graph.replay()
+        twin.step()
+    for p in twins:  # an ordinary step elsewhere leaves the graph alone
+        p.grad = p.grad.clone()
+    twin.step()
+    graph.replay()
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+COMPILE = """
+import numpy as np, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from projgd import MaxNorm
+from projgd.torch import path
+from projgd.torch.kernels import gpu, gpu_batch
+from projgd.torch.kernels.rules import Adam, Sgd
+
+class H100:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+class Compiled:  # launches nothing
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            made = self.kernel.warmup(*args, grid=grid, **options)
+            assert len(made.asm["cubin"]) > 1000
+            wide = [made.asm["ptx"].count(f"{x}.global.v4") for x in ("ld", "st")]
+            print(options.get("RULE"), options.get("ALIGNED"), *wide)
+        return run
+
+driver.set_active(H100())
+gpu.step, gpu.count = Compiled(gpu.step), Compiled(gpu.count)
+for dtype, rule, shape in (
+    (torch.float32, Adam(1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0, 1.0, 1.0), (2, 16384)),
+    (torch.bfloat16, Sgd(0.1, 0.9, 1.0, 0.1, 1.0, 0.0), (16, 64)),
+    (torch.float16, None, (7, 5)),
 ):
-    flags = {"DTYPE": dtype, "RULE": rule, "DECAY": True, "EXTRA": True, "ALIGNED": True, "SECOND": second}
-    flags["BLOCKS"] = gpu_batch.BLOCKS
-    wide = {(i,): [["tt.divisibility", 16]] for i in range(5)}
-    source = ASTSource(gpu.step, {**tables, **dict.fromkeys(flags, "constexpr")}, flags, wide)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert len(made.asm["cubin"]) > 1000
-    print(rule, made.asm["ptx"].count("ld.global.v4"), made.asm["ptx"].count("st.global.v4"))
-source = ASTSource(gpu.count, {"live": "*i64", "factors": "*fp64", "n": "i32", "BLOCK": "constexpr"}, {"BLOCK": 128})
-assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000
+    p = torch.zeros(shape, dtype=dtype)
+    table = np.array([[p.data_ptr()]] * 5)
+    batch = gpu_batch.Batch([path.memory(p)], [MaxNorm(1.0).resolve(p.shape, "out_first")])
+    batch.run(1.0, table, rule, table[0], np.zeros((1, 2)))
 """
 
 
@@ -304,7 +431,7 @@ def test_the_kernels_compile_for_an_h100_and_read_sixteen_bytes_at_a_time(tmp_pa
     script.write_text(COMPILE)
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        _, loads, stores = line.split()
-        assert int(loads) >= 4
-        assert int(stores) >= 4
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["None", "adam", "project", "sgd", "project"]  # the first counts steps
+    for rule, aligned, loads, stores in lines[1:]:
+        assert (int(loads) >= 4 and int(stores) >= 4) == (aligned == "True"), rule

@@ -1,6 +1,7 @@
 """Settings changed in a running optimizer, and classes of one's own: what was asked for holds, or it is an error."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -391,6 +392,14 @@ def test_slips_are_errors_that_say_what_to_type(params, settings, message):
 def test_a_constructor_axis_is_for_the_groups():
     optimizer = ProjectedSGD([{"params": [weight()], "c": 1.0}, {"params": [weight()], "c": None}], axis=0)
     assert optimizer.param_groups[0]["axis"] == 0
+
+
+def test_help_shows_what_the_constructor_takes():
+    shown = inspect.signature(ProjectedAdam).parameters
+    assert [*shown][:3] == ["params", "lr", "betas"]
+    assert shown["lr"].default == inspect.signature(torch.optim.Adam).parameters["lr"].default
+    assert {"foreach", "c", "axis", "constraint", "update", "gradient", "metric", "without_grad"} < shown.keys()
+    assert [*inspect.signature(Whole).parameters] == ["params", "lr", "settings"]
 
 
 def test_defaults_have_the_settings():

@@ -8,10 +8,10 @@ their sums of squares, and the second launch rescales. Nothing is read back by t
 
 Sums are taken in float64, whatever is stored. The squares of float32, float16 and bfloat16 numbers are exact there and
 neither over- nor underflow, and a sum of them in any order errs by less than n · 2^-53: a unit of float32 for 10^9
-entries. Squares of float64 numbers are added up twice, as they are and 2^600 times smaller before squaring: the former
-holds while it is finite, since 2^-400 < c. No entry passes through more than LONG / B + COUNT / 32 + 16 additions (the
-blocks of a tile, the tiles of a vector, the trees within), which for any vector below 2^27 entries is within the 4096
-that `projections.guard` allows for, and never more than the vector has entries. Threshold and target are those of
+entries. Squares of float64 numbers are added up twice, as they are and made 2^600 times smaller before: the former
+hold while they are finite, since 2^-400 < c. No entry passes through more than 32 + N / 32 + 16 additions (the blocks
+of a tile; the N tiles of a vector; the trees within), nor more than there are entries: 1,072 for vectors of 2^21, the
+longest of float64 that `path` lets through, and `projections.guard` allows for 4,096. Threshold and target are those of
 `projections.ball_limits`; the product with the factor is taken in float64 and rounded.
 """
 
@@ -214,7 +214,7 @@ def _tile(
         for r0 in range(r0_from, r0_to, A):
             for r1 in range(0, run, B):
                 offset = start + r0 * k1_size * r1_size + r1
-                mask = (r0 + a < r0_to) & (v < width) & (r1 + b < run) & chosen
+                mask = (r0 + a < r0_to) & (r1 + b < run) & chosen
                 p = _pointer(here, offset, DTYPE, ALIGNED) + at
                 w = tl.load(p, mask, other=0).to(tl.float64) * shift * factor
                 tl.store(p, w.to(COMPUTE), mask)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from projgd.torch.kernels import gpu, plan
+from projgd.axes import Vectors
+from projgd.torch.kernels import batch, gpu, plan
+from projgd.torch.kernels.batch import NO_COUNTERS, NO_FACTORS
 from projgd.torch.kernels.plan import Layout
 from projgd.torch.kernels.rules import Adam, Rule, Sgd
+from projgd.torch.path import Memory
 
 BLOCKS = ((1, 128, 8), (1, 16, 64), (1, 2, 512), (1, 1, 1024), (16, 64, 1))  # along R0, vectors, along R1
 SHORT, MIDDLING, WIDE, PIECE, COLUMNS = range(5)
@@ -27,108 +32,122 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+_launch = threading.Lock()
 _captured: list[Any] = []  # what captured graphs read: nobody says when a graph is gone
 
 
-class Batch:
-    """Tensors of one dtype on one device, known by the shape of their memory alone."""
+class Room(NamedTuple):
+    """What a step writes to, for one stream."""
 
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, layouts: Sequence[Layout], free: Sequence[bool]
-    ) -> None:
-        flat = [(1, 1, 1, math.prod(sizes)) if alone else sizes for sizes, alone in zip(layouts, free, strict=True)]
-        shapes = [[*sizes[1:], block(sizes, alone)] for sizes, alone in zip(flat, free, strict=True)]
+    here: npt.NDArray[np.int64]  # what is in `live`
+    live: torch.Tensor  # see `gpu.step`
+    left: torch.Tensor
+    factors: torch.Tensor
+
+
+class Batch(batch.Batch):
+    """Tensors of one dtype on one device, known by the shape of their memory alone, with their tables there."""
+
+    def __init__(self, memory: Sequence[Memory], vectors: Sequence[Vectors | None]) -> None:
+        super().__init__(memory, vectors)
+        flat = [(1, 1, 1, math.prod(x)) if free else x for x, free in zip(self.layouts, self.free, strict=True)]
+        shapes = [[*x[1:], block(x, free)] for x, free in zip(flat, self.free, strict=True)]
         ragged = np.array([(k1 if kind == COLUMNS else r1) % GRAIN != 0 for _, k1, r1, kind in shapes])
-        rows, sums = plan.tiles(layouts, free, cut)
+        rows, self._sums = plan.tiles(self.layouts, self.free, cut)
         tensor, first, pieces, place = rows[:, 0], rows[:, 8], rows[:, 9], rows[:, 10]
         first[:] = place[first]
         last, shared = ragged[tensor], pieces > 1
         order = np.argsort(3 * last + (shared ^ last), kind="stable")  # ragged ones last, shared ones in the middle
         self._regular = int((~last).sum())
         self._shared = slice(int((~last & ~shared).sum()), len(rows) - int((last & ~shared).sum()))
-        self._dtype, self._device, self._tensors = dtype, device, len(layouts)
         self._tiles = self._there(np.pad(rows[order], ((0, 0), (0, 1))))  # rows of whole 16 bytes
-        self._layouts = self._there(np.array(shapes, dtype=np.int64))
-        self._left = torch.empty(max(1, 2 * sums), dtype=torch.float64, device=device)
-        self._factors = torch.empty(2 * self._tensors, dtype=torch.float64, device=device)
-        self._here = np.full(9 * self._tensors + 8, -1, dtype=np.int64)
-        self._live = self._there(self._here)
+        self._sizes = self._there(np.array(shapes, dtype=np.int64))
+        self._rooms: dict[int, Room] = {}  # by stream
+        self.lasting = not _capturing(self.device)
+        if self.device.type == "cuda" and self.lasting:
+            torch.cuda.current_stream(self.device).synchronize()  # once: other streams may use the tables
 
     def run(
         self,
-        limits: npt.NDArray[np.float64],
+        c: Any,
         table: npt.NDArray[np.int64],
         rule: Rule | None = None,
-        counters: npt.NDArray[np.int64] | None = None,
-        starts: npt.NDArray[np.float64] | None = None,
-    ) -> None:
-        """Update by `rule` and project. The host waits for nothing; where nothing has changed, nothing is allocated.
+        counters: npt.NDArray[np.int64] = NO_COUNTERS,
+        factors: npt.NDArray[np.float64] = NO_FACTORS,
+    ) -> list[int]:
+        """See `batch.Batch.run` and `gpu.step`. The host waits for nothing; where nothing changed, nothing is sent.
 
-        Args:
-            limits: (tensors, 2), thresholds and targets; an infinite threshold leaves a tensor free.
-            table: (operands, tensors), addresses of parameter, gradient and states.
-            rule: None for no update. Its lr may be a tensor on the device.
-            counters: (tensors,), addresses of Adam's step counts.
-            starts: (tensors,), 1 where the momentum of SGD starts.
+        Left are tensors of float16 that rounding to nearest is too coarse for. The rule's lr may be on the device.
         """
-        n = self._tensors
-        now = np.zeros_like(self._here)
-        numbers = now.view(np.float64)
-        now[: table.size] = table.ravel()
-        numbers[6 * n : 8 * n] = limits.T.ravel()
-        if counters is not None:
-            now[5 * n : 6 * n] = counters
-        if starts is not None:
-            numbers[8 * n : 9 * n] = starts
-        lr = rule.lr if rule is not None and isinstance(rule.lr, torch.Tensor) else None
-        if rule is not None:
-            numbers[9 * n : 9 * n + len(rule)] = rule if lr is None else rule._replace(lr=0.0)
-        live = self._brought(now)
-        if lr is not None:
-            live[9 * n : 9 * n + 1].view(torch.float64).copy_(lr, non_blocking=True)
-        if isinstance(rule, Adam):
-            gpu.count[(triton.cdiv(n, 128),)](live, self._factors, n, 128)
-        aligned = not (table % 16).any()
-        self._step(live, rule, self._tiles[: self._regular], aligned)
-        self._step(live, rule, self._tiles[self._regular :], False)
-        self._step(live, None, self._tiles[self._shared], aligned and self._shared.stop <= self._regular, second=True)
+        n = len(self.layouts)
+        with _launch, torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.limit(c)
+            now = np.zeros(9 * n + 8, dtype=np.int64)
+            now[: table.size] = table.ravel()
+            if counters.size:
+                now[5 * n : 6 * n] = counters
+            numbers = now.view(np.float64)
+            numbers[6 * n : 8 * n] = self.limits[:, :2].T.ravel()
+            if factors.size:
+                numbers[8 * n : 9 * n] = factors[:, 0]
+            lr = rule.lr if rule is not None and isinstance(rule.lr, torch.Tensor) else None
+            if rule is not None:
+                numbers[9 * n : 9 * n + len(rule)] = rule if lr is None else rule._replace(lr=0.0)
+            room = self._room(now)
+            if lr is not None:
+                room.live[9 * n : 9 * n + 1].view(torch.float64).copy_(lr, non_blocking=True)
+            if isinstance(rule, Adam):
+                gpu.count[(triton.cdiv(n, 128),)](room.live, room.factors, n, 128)
+            aligned = not (table % 16).any()
+            self._step(room, rule, self._tiles[: self._regular], aligned)
+            self._step(room, rule, self._tiles[self._regular :], False)
+            within = self._shared.stop <= self._regular
+            self._step(room, None, self._tiles[self._shared], aligned and within, second=True)
+            return np.flatnonzero(self.limits[:, 2]).tolist()
 
-    def _step(
-        self, live: torch.Tensor, rule: Rule | None, tiles: torch.Tensor, aligned: bool, second: bool = False
-    ) -> None:
+    def _step(self, room: Room, rule: Rule | None, tiles: torch.Tensor, aligned: bool, second: bool = False) -> None:
         if len(tiles) == 0:
             return
-        name = "project" if rule is None else type(rule).__name__.lower()
         gpu.step[(len(tiles),)](
-            self._layouts,
-            live,
-            self._factors,
+            self._sizes,
+            room.live,
+            room.factors,
             tiles,
-            self._left,
-            self._tensors,
-            DTYPE=DTYPES[self._dtype],
-            RULE=name,
+            room.left,
+            len(self.layouts),
+            DTYPE=DTYPES[self.dtype],
+            RULE="project" if rule is None else type(rule).__name__.lower(),
             DECAY=rule is not None and rule.decay != 0,
             EXTRA=rule is not None and (rule.momentum if isinstance(rule, Sgd) else rule.amsgrad) != 0,
             ALIGNED=aligned,
             SECOND=second,
             BLOCKS=BLOCKS,
-            num_warps=8 if self._dtype == torch.float64 else 4,
+            num_warps=8 if self.dtype == torch.float64 else 4,
         )
 
-    def _brought(self, now: npt.NDArray[np.int64]) -> torch.Tensor:
-        """`now` on the device. A graph that is being captured gets a table of its own, which no later step changes."""
-        if _capturing(self._device):
-            live = self._there(now)
-            _captured.append((self, live))
-            return live
-        if not np.array_equal(now, self._here):
-            self._here = now
-            _send(now, self._live)
-        return self._live
+    def _room(self, now: npt.NDArray[np.int64]) -> Room:
+        """Where this step works, with `now` there. A graph that is being captured gets a room that stays its own."""
+        if _capturing(self.device):
+            room = self._new_room(now)
+            _captured.append((self, room))
+            return room
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        known = self._rooms.get(stream)
+        if known is None:
+            known = self._new_room(now)
+        elif not np.array_equal(now, known.here):
+            _send(now, known.live)
+            known = known._replace(here=now)
+        self._rooms[stream] = known
+        return known
+
+    def _new_room(self, now: npt.NDArray[np.int64]) -> Room:
+        left = torch.empty(max(1, 2 * self._sums), dtype=torch.float64, device=self.device)
+        factors = torch.empty(2 * len(self.layouts), dtype=torch.float64, device=self.device)
+        return Room(now, self._there(now), left, factors)
 
     def _there(self, table: npt.NDArray[np.int64]) -> torch.Tensor:
-        return _send(table, torch.empty(table.shape, dtype=torch.int64, device=self._device))
+        return _send(table, torch.empty(table.shape, dtype=torch.int64, device=self.device))
 
 
 def block(layout: Layout, free: bool) -> int:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 
 class Sgd(NamedTuple):
-    """The update of torch.optim.SGD."""
+    """What torch.optim.SGD is asked for."""
 
-    lr: Any  # a number, or for `gpu_batch` a tensor on the device
+    lr: Any  # a number; on a GPU it may be a tensor there
     momentum: float
     undamped: float  # 1 - dampening
     decay: float
@@ -17,7 +17,7 @@ class Sgd(NamedTuple):
 
 
 class Adam(NamedTuple):
-    """The update of torch.optim.Adam and AdamW."""
+    """What torch.optim.Adam and AdamW are asked for."""
 
     lr: Any
     beta1: float
