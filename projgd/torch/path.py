@@ -92,7 +92,7 @@ def projector(
     params: Sequence[torch.Tensor], constraint: Constraint
 ) -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]] | None:
     """The function that takes what it can of a projection in a kernel; None where nothing can be."""
-    return _projector() if of_projection(constraint) and _any_machine(params) else None
+    return _projector() if of_projection(constraint) and _any_machine(params[:1]) else None
 
 
 @functools.cache
