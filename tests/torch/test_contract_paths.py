@@ -29,11 +29,12 @@ C = 3.7
 def machine(request, monkeypatch):
     """With the kernels and without, as far as numba goes: the operations of PyTorch hold the contract, too."""
     if request.param == "no-numba":
-        monkeypatch.setattr(path, "_found", lambda: path.Path("eager", "numba is out of sight"))
+        monkeypatch.setattr(path, "stepper", lambda optimizer: None)
+        monkeypatch.setattr(path, "projector", lambda params, constraint: None)
 
 
 def make(shape, dtype):
-    """Vectors of all lengths about the bound, a huge, a zero and two broken ones."""
+    """Vectors of all lengths about the bound, a huge, a zero and two broken ones; and those that need no reference."""
     x = np.random.default_rng(0).standard_normal(shape).reshape(12, -1)
     t = TIGHT[dtype]
     x *= (
@@ -43,7 +44,8 @@ def make(shape, dtype):
     )
     x[0] *= {"float16": 1e3, "float64": 1e300}.get(dtype, 1e30)
     x[10, 0], x[11, -1] = np.nan, -np.inf
-    return torch.nn.Parameter(torch.from_numpy(x.reshape(shape)).to(getattr(torch, dtype)))
+    whole = torch.from_numpy(x.reshape(shape)).to(getattr(torch, dtype))
+    return [torch.nn.Parameter(whole), torch.nn.Parameter(whole[1:10].clone())]
 
 
 def parameter(w):
@@ -69,7 +71,7 @@ def give_grads(params, seed):
 
 def check_steps(made, dtypes, shapes, options, compiled=False):
     """Every step of `made` with a bound, judged against the same step without one."""
-    free, held = ([make(s, dtype) for s in shapes for dtype in dtypes] for _ in range(2))
+    free, held = ([p for s in shapes for dtype in dtypes for p in make(s, dtype)] for _ in range(2))
     plain, ours = made(free, c=None, **options), made(held, c=C, **options)
     steps = [torch.compile(o.step, fullgraph=True) if compiled else o.step for o in (plain, ours)]
     for i in range(3):
@@ -193,6 +195,19 @@ def test_blocks_are_no_longer_than_the_guard_allows(n):
 def test_compiled_steps():
     torch.compiler.reset()  # or the graphs of other tests count against the limit
     check_steps(ProjectedSGD, list(NUMPY), [(12, 7), (12, 3, 5, 5)], {"lr": 0.1}, compiled=True)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_long_vectors(way, dtype):
+    """Equal entries: what adds them up one after the other is off by thousands of units."""
+    w = np.ones((200_003, 2))
+    w = (w * (C * np.asarray([1.001, 0.9]) / exact_norms(w))).astype(NUMPY[dtype])
+    p = parameter(w)
+    p.grad = torch.zeros_like(p)
+    ProjectedSGD([p], lr=0.0, c=C, **WAYS[way]).step()
+    judge(w, stored(p), stored(p), C)
 
 
 @pytest.mark.usefixtures("machine")
