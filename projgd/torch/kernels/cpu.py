@@ -6,9 +6,9 @@ work is cut into tiles that fit into a core's cache; a tile is a run of contiguo
 is longer than a tile, its tiles leave their sums of squares, and a second pass rescales.
 
 Sums are taken in float64. The squares of float32 and bfloat16 numbers neither over- nor underflow there, and their sum
-is as good as exact in any order: `reassoc`, which vectorizes it, is harmless, and no flag assumes that NaN or infinity
-cannot occur. Of float64 numbers at most `BLOCK` are added up in any order, and at most as many blocks: within the 4096
-additions that `projections.guard` allows for.
+is as good as exact in any order: `reassoc` in `_plus_square`, which vectorizes it, is harmless. No flag assumes that
+NaN or infinity cannot occur. Of float64 numbers at most `BLOCK` are added up in any order, and at most as many blocks:
+within the 4096 additions that `projections.guard` allows for. SGD sums as it updates, for it waits for memory anyway.
 
 Everything is in this one file because numba's cache on disk looks at the age of one file only.
 """
@@ -26,6 +26,8 @@ from numba.extending import intrinsic, overload, register_jitable
 from projgd.torch.kernels.rules import Adam, Sgd
 
 BLOCK = 2048
+TINY = 2.0**-100
+SHORT = 256  # vectors of fewer entries are not worth a call each: their squares are taken after the update of a tile
 MAX_WIDTH = 2048  # vectors in a tile
 TENSOR, K0, R0_FROM, R0_TO, K1_FROM, K1_TO, R1_FROM, R1_TO, FIRST, COUNT, PLACE = range(11)  # the columns of `tiles`
 
@@ -52,6 +54,17 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fma(*args)
 
     return c(a, b, c), codegen
+
+
+@intrinsic
+def _plus_square(typing: Any, total: Any, x: Any) -> Any:
+    """total + x², which a compiler may add up in any order: so it takes several at once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        flags = ("reassoc", "contract")
+        return builder.fadd(args[0], builder.fmul(args[1], args[1], flags=flags), flags=flags)
+
+    return types.float64(types.float64, types.float64), codegen
 
 
 @intrinsic
@@ -123,12 +136,13 @@ def _as_of(x: Any, value: Any) -> Any:
 
 
 @_exact
-def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> None:
-    """torch.optim.SGD on a run of memory."""
+def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+    """torch.optim.SGD on a run of memory; returns the sum of the squares of what is stored."""
     p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
     m, first = _view(table[2, k], start, size, like), factors[k, 0] != 0
     lr, momentum, undamped = _as(p, h.lr), _as(p, h.momentum), _as(p, h.undamped)
     decay, sign, nesterov = _as(p, h.decay), _as(p, h.sign), h.nesterov != 0
+    total = 0.0
     for i in range(p.size):
         w = _load(p, i)
         d = sign * _load(g, i)
@@ -139,11 +153,13 @@ def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: 
             _store(m, i, b)
             d = _fma(momentum, b, d) if nesterov else b
         _store(p, i, _fma(-lr, d, w))
+        total = _plus_square(total, np.float64(_load(p, i)))
+    return total
 
 
 @_exact
-def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> None:
-    """torch.optim.Adam and AdamW on a run of memory."""
+def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+    """torch.optim.Adam and AdamW on a run of memory. Its squares are left for later: with them, the loop is slower."""
     p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
     m, v = _view(table[2, k], start, size, like), _view(table[3, k], start, size, like)
     x = _view(table[4, k], start, size, like)
@@ -170,19 +186,16 @@ def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like:
             b = most if most > b else b
             _store(x, i, b)
         _store(p, i, w + rate * a / (np.sqrt(b) / root + eps))
+    return np.nan
 
 
-@njit(error_model="numpy", fastmath={"reassoc"})
-def _squares(x: Any) -> float:
-    """In blocks, each in any order: the error is that of `BLOCK` additions and one for each block."""
+@_exact
+def _squares(h: None, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+    """The sum of the squares on a run of memory."""
+    p = _view(table[0, k], start, size, like)
     total = 0.0
-    for start in range(0, x.size, BLOCK):
-        block = x[start : start + BLOCK]
-        part = 0.0
-        for i in range(block.size):
-            y = np.float64(_load(block, i))
-            part += y * y
-        total += part
+    for i in range(p.size):
+        total = _plus_square(total, np.float64(_load(p, i)))
     return total
 
 
@@ -196,9 +209,10 @@ def _add_squares(x: Any, sums: Any) -> None:
 
 @_exact
 def _scale(x: Any, factor: Any) -> None:
-    """In float64: in float32 a factor such as 1e-3 / 3e38 is subnormal, and some per cent off."""
+    """In float32, a factor such as 1e-3 / 3e38 would be subnormal, and some per cent off."""
+    f, tiny = _as(x, factor), factor < TINY
     for i in range(x.size):
-        _store(x, i, _as(x, _load(x, i) * factor))
+        _store(x, i, _as(x, _load(x, i) * factor) if tiny else _load(x, i) * f)
 
 
 @_exact
@@ -225,8 +239,12 @@ def _begin(h: Any, counters: Any, factors: Any) -> None:
     """What a step does once."""
 
 
-def _update(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> None:
-    """The update of a run of memory of tensor k; none where `h` is None."""
+def _measures(h: Any) -> Any:
+    """Whether `_update` returns the sum of the squares."""
+
+
+def _update(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> Any:
+    """The update of a run of memory of tensor k, none where `h` is None, and the sum of the squares then."""
 
 
 @overload(_begin, strict=False)
@@ -236,12 +254,25 @@ def _begin_of(h: Any, counters: Any, factors: Any) -> Any:
     return lambda h, counters, factors: None
 
 
+@overload(_measures, strict=False)
+def _measures_of(h: Any) -> Any:
+    measures = getattr(h, "instance_class", None) is not Adam
+    return lambda h: measures
+
+
 @overload(_update, strict=False)
 def _update_of(h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any) -> Any:
-    rule: Any = {Sgd: _sgd, Adam: _adam}.get(getattr(h, "instance_class", type(None)))
-    if rule is None:
-        return lambda h, table, k, start, size, factors, like: None
+    rule: Any = {Sgd: _sgd, Adam: _adam}.get(getattr(h, "instance_class", type(None)), _squares)
     return lambda h, table, k, start, size, factors, like: rule(h, table, k, start, size, factors, like)
+
+
+@_exact
+def _in_blocks(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+    """`_update`, its sum in blocks, each in any order: it errs as `BLOCK` additions and one for each block do."""
+    total = 0.0
+    for done in range(0, size, BLOCK):
+        total += _update(h, table, k, start + done, min(BLOCK, size - done), factors, like)
+    return total
 
 
 @_exact
@@ -313,15 +344,19 @@ def step(
             for r in range(tile[R0_FROM], tile[R0_TO]):
                 start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
                 size = width * run
-                _update(h, table, k, start, size, factors, like)
+                if run >= SHORT and _measures(h):
+                    for j in range(width):
+                        sums[j] += _in_blocks(h, table, k, start + j * run, run, factors, like)
+                    continue
+                if h is not None:
+                    _update(h, table, k, start, size, factors, like)
                 if free:
                     continue
-                p = _view(table[0, k], start, size, like)
                 if run == 1:
-                    _add_squares(p, sums)
+                    _add_squares(_view(table[0, k], start, size, like), sums)
                 else:
                     for j in range(width):
-                        sums[j] += _squares(p[j * run : (j + 1) * run])
+                        sums[j] += _in_blocks(None, table, k, start + j * run, run, factors, like)
             if free:
                 continue
             if tile[COUNT] == 1:

@@ -13,7 +13,7 @@ from projgd.axes import Vectors
 Layout = tuple[int, int, int, int]  # (K0, R0, K1, R1), outermost first: K count vectors, R run along one
 Cut = Callable[[Layout, bool], tuple[int, int, int]]  # how much of R0, K1, R1 makes a tile; whether there is no vector
 
-TILE = 2048  # entries updated before their norms are taken: with gradient and state they fit the first-level cache
+TILE = 1 << 14  # entries updated before their norms are taken: with gradient and states they fit the second-level cache
 LONG = 1 << 15  # a vector longer than this is cut, so that threads can share it
 LINES = 64  # columns side by side in one tile, at least: whole cache lines
 
@@ -49,7 +49,7 @@ def for_cores(layout: Layout, free: bool) -> tuple[int, int, int]:
     _, r0, k1, r1 = layout
     run = min(r1, TILE if free else LONG)
     # About `TILE` entries, but for a strided axis whole cache lines.
-    side = max(1, TILE // r1) if r0 == 1 else min(TILE, max(1, LINES // r1, TILE * 16 // (r0 * r1)))
+    side = min(2048, max(1, TILE // r1)) if r0 == 1 else min(TILE, max(1, LINES // r1, TILE * 16 // (r0 * r1)))
     width = min(k1, side) if run == r1 else 1
     return max(1, min(r0, LONG // (width * run), 2048)), width, run
 
