@@ -18,10 +18,11 @@ import torch
 from benchmarks import figures, keras_step, record
 from benchmarks.timing import interleaved, ratio, summary
 from benchmarks.torch_step import OPTIMIZERS, Contenders, tensors
-from benchmarks.workloads import BOUNDS, WORKLOADS, shapes
+from benchmarks.workloads import BINDING, BOUNDS, WORKLOADS, shapes
 
 Times = Mapping[Any, list[float]]
 KEY = ("front", "workload", "optimizer")
+COMPILED = ("SGD", "Adam")  # a graph of 400 tensors takes minutes to compile
 QUICK = {
     "torch": {"mlp": ("SGD", "Adam"), "small": ("SGD", "Adam"), "resnet": ("SGD",), "gpt": ("SGD",)},
     "jax": {"mlp": ("SGD", "Adam")},
@@ -33,7 +34,8 @@ def in_torch(workload: str, optimizer: str, seconds: float, rounds: tuple[int, i
     contenders = Contenders(optimizer, tensors(shapes(workload)))
     steps: dict[Any, Any] = {(way, None): step for way, step in contenders.plain(compiled).items()}
     for bound, c in BOUNDS.items():
-        steps |= {(way, bound): step for way, step in contenders.projected(c, compiled).items()}
+        ways = contenders.projected(c, compiled and bound == BINDING)
+        steps |= {(way, bound): step for way, step in ways.items()}
     return interleaved(steps, seconds, rounds)
 
 
@@ -59,7 +61,7 @@ def rows_of(times: Times, **where: str) -> list[record.Row]:
 def measured(front: str, workload: str, optimizer: str, args: argparse.Namespace) -> list[record.Row]:
     where = {"workload": workload, "optimizer": optimizer}
     if front == "torch":
-        compiled = not args.quick or workload == "mlp"
+        compiled = optimizer in COMPILED and not args.eager and (not args.quick or workload == "mlp")
         return rows_of(in_torch(workload, optimizer, args.seconds, args.rounds, compiled), front="PyTorch", **where)
     if front == "jax":
         return rows_of(in_jax(workload, optimizer, args.seconds, args.rounds), front="JAX", **where)
@@ -78,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fronts", nargs="+", choices=("torch", "jax", "keras"), default=("torch", "jax", "keras"))
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS))
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes to warm up")
     parser.add_argument("--seconds", type=float, help="for every workload and optimizer of a front")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
@@ -94,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = record.merged(out.with_suffix(".json"), here, found, KEY)
             print(figures.table(found), flush=True)
     text = figures.table(rows)
-    out.with_suffix(".md").write_text(f"{text}\n{record.described(here)}\n")
+    out.with_suffix(".md").write_text(f"{text}\n{record.described(here, rows)}\n")
     figures.plot(rows, out.with_suffix(".png"))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import Row
-from benchmarks.workloads import BOUNDS, WORKLOADS, shapes
+from benchmarks.torch_step import OPTIMIZERS
+from benchmarks.workloads import BINDING, WORKLOADS, shapes
 
 MODELS = {
     "mlp": "784-1024-1024-2048-10",
@@ -23,8 +24,15 @@ def distinct(rows: Sequence[Row], key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """In one order, whichever part was measured last."""
+    optimizers = list(OPTIMIZERS)
+    return sorted(rows, key=lambda r: (r["front"] != FRONTS[0], r["front"], optimizers.index(r["optimizer"])))
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown: one table per workload, and one for Keras."""
+    rows = ordered(rows)
     parts = []
     for workload in WORKLOADS:
         mine = [r for r in rows if r["workload"] == workload and r["front"] in FRONTS]
@@ -37,7 +45,7 @@ def table(rows: Sequence[Row]) -> str:
         best = {}
         for front in FRONTS:
             for optimizer in optimizers:
-                tried = [r for r in mine if (r["front"], r["optimizer"], r["bound"]) == (front, optimizer, _first())]
+                tried = [r for r in mine if (r["front"], r["optimizer"], r["bound"]) == (front, optimizer, BINDING)]
                 best[front, optimizer] = min(tried, key=lambda r: r["R"])["way"] if tried else ""
         for front, way in dict.fromkeys((r["front"], r["way"]) for r in mine):
             cells = []
@@ -56,16 +64,12 @@ def _keras(rows: Sequence[Row]) -> list[str]:
     optimizers = distinct(rows, "optimizer")
     lines = ["### Keras 3: a whole training step\n", "| | " + " | ".join(optimizers) + " |"]
     lines.append("|---" * (1 + len(optimizers)) + "|")
-    for workload, front in dict.fromkeys((r["workload"], r["front"]) for r in rows):
+    for workload, front in sorted({(r["workload"], r["front"]) for r in rows}):
         mine = [r for r in rows if (r["workload"], r["front"]) == (workload, front)]
         for way in distinct(mine, "way"):
             cells = [_cell([r for r in mine if (r["way"], r["optimizer"]) == (way, o)]) for o in optimizers]
             lines.append(f"| {workload}, {front}: {way} | " + " | ".join(cells) + " |")
     return [*lines, ""]
-
-
-def _first() -> str:
-    return next(iter(BOUNDS))
 
 
 def _cell(rows: Sequence[Row]) -> str:
@@ -78,9 +82,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """One panel a workload: R of every way, a colour per optimizer, hollow where nothing binds."""
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows if r["front"] in FRONTS]
+    rows = [r for r in ordered(rows) if r["front"] in FRONTS]
     workloads, optimizers = [w for w in WORKLOADS if w in distinct(rows, "workload")], distinct(rows, "optimizer")
-    ways = list(dict.fromkeys((r["front"], r["way"]) for r in sorted(rows, key=lambda r: FRONTS.index(r["front"]))))
+    ways = list(dict.fromkeys((r["front"], r["way"]) for r in rows))
     figure, axes = plt.subplots(
         1,
         len(workloads),
@@ -93,7 +97,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for r in (r for r in rows if r["workload"] == workload):
             i = optimizers.index(r["optimizer"])
             y = ways.index((r["front"], r["way"])) + 0.16 * (i - (len(optimizers) - 1) / 2)
-            hollow = r["bound"] not in (None, _first())
+            hollow = r["bound"] not in (None, BINDING)
             ax.plot(r["R"], y, "o", color=COLORS[i], markersize=5, markerfacecolor="white" if hollow else COLORS[i])
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set(title=workload, xscale="log", xlabel="R")

@@ -163,10 +163,11 @@ def main() -> None:
                 rows += measure(workload, optimizer, bound, args.seconds, bandwidth)
     path = args.out / f"gpu-{name.lower().replace(' ', '-')}"
     here = {**machine(torch.get_num_threads()), "gpu": name}
-    text = table(merged(path.with_suffix(".json"), here, rows, KEY))
+    rows = merged(path.with_suffix(".json"), here, rows, KEY)
+    text = table(rows)
     print(text)
     path.with_suffix(".md").write_text(
-        f"{name}, a copy moves {bandwidth / 1e6:.0f} GB/s. {described(here)}\n\n{text}\n"
+        f"{name}, a copy moves {bandwidth / 1e6:.0f} GB/s. {described(here, rows)}\n\n{text}\n"
     )
 
 

@@ -86,7 +86,7 @@ def main() -> None:
     for front in args.fronts:
         found = record.merged(out.with_suffix(".json"), here, list(measured(front, args.seconds)), ("front",))
     print(table(found))
-    out.with_suffix(".md").write_text(f"{table(found)}\n\n{record.described(here)}\n")
+    out.with_suffix(".md").write_text(f"{table(found)}\n\n{record.described(here, found)}\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import optax
 
 from benchmarks import record
 from benchmarks.timing import interleaved, ratio, summary
-from benchmarks.workloads import BOUNDS, WORKLOADS, outputs_last, shapes, start
+from benchmarks.workloads import BINDING, BOUNDS, WORKLOADS, outputs_last, shapes, start
 from projgd import MaxNorm
 from projgd.optax import apply_updates, maxnorm_projection
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="resnet")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="Adam")
-    parser.add_argument("--bound", choices=list(BOUNDS), default="half binds")
+    parser.add_argument("--bound", choices=list(BOUNDS), default=BINDING)
     parser.add_argument("--scheduler", choices=list(SCHEDULERS), default="default", help="of XLA on a CPU")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
@@ -170,7 +170,7 @@ def main() -> None:
     print(table(rows))
     here, out = record.machine(os.cpu_count() or 1), record.RESULTS / "jax_step"
     rows = record.merged(out.with_suffix(".json"), here, rows, KEY)
-    out.with_suffix(".md").write_text(f"{table(rows)}\n{record.described(here)}\n")
+    out.with_suffix(".md").write_text(f"{table(rows)}\n{record.described(here, rows)}\n")
 
 
 if __name__ == "__main__":

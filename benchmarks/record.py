@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -37,14 +38,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def described(machine: dict[str, object]) -> str:
-    """The machine in one line."""
+def described(machine: dict[str, object], rows: Sequence[Row]) -> str:
+    """The machine in one line, and how busy it was: the runs keep `threads` cores busy themselves."""
     versions = ", ".join(f"{k} {machine[k]}" for k in ("python", *PACKAGES) if machine[k])
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {versions}."
+    loads = sorted(row["load"] for row in rows)
+    load = f"Load average {loads[0]:.0f} to {loads[-1]:.0f}, median {loads[len(loads) // 2]:.0f}"
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {versions}. {load}."
 
 
 def merged(path: Path, here: dict[str, object], rows: list[Row], key: Sequence[str]) -> list[Row]:
-    """`rows` with those on disk that have another `key`, if the same machine and versions made them; written back."""
+    """`rows` with those on disk that have another `key`, if the same machine and versions made them; written back.
+
+    Each row says how busy the machine was, as a load average over the last minute.
+    """
+    rows = [{**row, "load": round(os.getloadavg()[0], 1)} for row in rows]
     kept = []
     if path.exists():
         record = json.loads(path.read_text())

@@ -18,9 +18,9 @@ import torch
 from benchmarks import record
 from benchmarks.timing import interleaved, ratio, summary
 from benchmarks.torch_step import PLAIN, Contenders, tensors
-from benchmarks.workloads import BOUNDS, Shape
+from benchmarks.workloads import BINDING, BOUNDS, Shape
 
-WAYS = ("fused + renorm_ loop", "projgd, default", "projgd, fused, no numba", "projgd, fused")
+WAYS = ("fused + renorm_ loop", "projgd, default", "projgd, hook on fused", "projgd, fused, no numba", "projgd, fused")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fits(case: Case) -> bool:
 
 def measured(study: str, case: Case, seconds: float) -> list[record.Row]:
     contenders = Contenders("SGD", tensors([case.shape] * case.count, case.share))
-    steps = contenders.plain(False) | contenders.projected(BOUNDS["half binds"], False)
+    steps = contenders.plain() | contenders.projected(BOUNDS[BINDING])
     times = interleaved({way: steps[way] for way in (PLAIN, *WAYS) if way in steps}, seconds, (4, 300))
     rows = []
     for way, taken in times.items():
@@ -145,7 +145,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         rows = record.merged(out.with_suffix(".json"), here, found, ("study",))
         print(table(found), flush=True)
-    out.with_suffix(".md").write_text(f"{table(rows)}\n{record.described(here)}\n")
+    out.with_suffix(".md").write_text(f"{table(rows)}\n{record.described(here, rows)}\n")
     plot(rows, out.with_suffix(".png"))
 
 

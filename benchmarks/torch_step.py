@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import Shape, start
-from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, path
+from projgd import MaxNorm
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, path, project_after_step
 
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, ProjectedSGD, {"lr": 1e-3}),
@@ -45,7 +46,7 @@ class Contenders:
         self.fused = self.stock(params, fused=True, **self.options)
         self.fused.step()
 
-    def plain(self, compiled: bool) -> dict[str, Step]:
+    def plain(self, compiled: bool = False) -> dict[str, Step]:
         steps: dict[str, Step] = {
             PLAIN: self.fused.step,
             "plain, default": self._sharing(self.stock).step,
@@ -55,7 +56,7 @@ class Contenders:
             steps["plain, compiled"] = torch.compile(self._sharing(self.stock).step)
         return steps
 
-    def projected(self, c: float, compiled: bool) -> dict[str, Step]:
+    def projected(self, c: float, compiled: bool = False) -> dict[str, Step]:
         def keras_style(p: Tensor) -> None:
             norm = p.square().sum(dim=tuple(range(1, p.ndim)), keepdim=True).sqrt()
             p.mul_(norm.clamp(0, c) / (norm + 1e-7))
@@ -64,7 +65,7 @@ class Contenders:
             "fused + Keras-style loop": self._then(keras_style),
             "fused + renorm_ loop": self._then(lambda p: p.renorm_(2, 0, c)),
             "projgd, default": self._sharing(self.ours, c=c).step,
-            "projgd, foreach": self._sharing(self.ours, c=c, foreach=True).step,
+            "projgd, hook on fused": self._hooked(c).step,
             "projgd, fused, no numba": _without_numba(self._sharing(self.ours, c=c, fused=True).step),
         }
         if importlib.util.find_spec("numba"):
@@ -78,6 +79,11 @@ class Contenders:
         made.state = self.fused.state
         return made
 
+    def _hooked(self, c: float) -> torch.optim.Optimizer:
+        optimizer = self._sharing(self.stock, fused=True)
+        project_after_step(optimizer, MaxNorm(c))
+        return optimizer
+
     def _then(self, project: Callable[[Tensor], object]) -> Step:
         @torch.no_grad()
         def step() -> None:
@@ -90,10 +96,11 @@ class Contenders:
 
 def _without_numba(step: Step) -> Step:
     def without() -> None:
-        kept, path._numba = path._numba, lambda: path.Path("eager", "numba is hidden")
+        kept = path.stepper, path.projector
+        path.stepper = path.projector = lambda *_: None
         try:
             step()
         finally:
-            path._numba = kept
+            path.stepper, path.projector = kept
 
     return without

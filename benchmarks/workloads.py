@@ -12,7 +12,8 @@ Shape = tuple[int, ...]
 Weights = npt.NDArray[np.float32]
 
 WORKLOADS = ("mlp", "small", "resnet", "gpt")
-BOUNDS = {"half binds": 1.0, "nothing binds": 1e6}  # c, for parameters as `start` makes them
+BINDING = "half binds"
+BOUNDS = {BINDING: 1.0, "nothing binds": 1e6}  # c, for parameters as `start` makes them
 
 
 def shapes(name: str) -> list[Shape]:
