@@ -75,6 +75,7 @@ class Projected(Optimizer):
         # Radii of the initial weights that are not in the state, where they belong: a parameter with a radius there and
         # nothing else would not look new to the optimizer. `state_dict` puts them there once they cannot harm.
         self._waiting: dict[torch.Tensor, torch.Tensor] = {}
+        self._moved: set[int] = set()  # ids of those of them that the optimizer has stepped, perhaps without a state
         self._has_projected: bool | None = False  # None while a step runs that may not come to it
         self._refuse_misspelt(kwargs)
         params = as_list(params)
@@ -165,6 +166,8 @@ class Projected(Optimizer):
             loss = shaping.step(self.inner, self.param_groups, radii, call, closure)
         else:
             loss = call(closure)
+        if len(self._moved) < len(self._waiting):
+            self._moved |= {id(p) for p in self._waiting if p.grad is not None}
         self._project(radii, kept, rows)
         return loss
 
@@ -210,9 +213,8 @@ class Projected(Optimizer):
 
     def _store_radii(self) -> None:
         """Put them into the state of every parameter that has one, or that was stepped without getting one."""
-        stateless = self._has_projected and not self.state
         for p in list(self._waiting):
-            if stateless or self.state.get(p) or (self._has_projected and p.grad is not None):
+            if self.state.get(p) or id(p) in self._moved:
                 self.state[p]["initial"] = self._waiting.pop(p)
 
     def _settle(self) -> None:
@@ -229,6 +231,7 @@ class Projected(Optimizer):
         self._seen = tuple(self._look(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups))
         held = set(map(id, _in_order(self.param_groups)))  # no others are kept alive for their radii
         self._waiting = {p: radius for p, radius in self._waiting.items() if id(p) in held}
+        self._moved &= held
 
     def _look(self, group: dict[str, Any], index: int, seen: _Seen | None) -> _Seen:
         if seen is not None and seen.still(group):
@@ -309,7 +312,7 @@ class Projected(Optimizer):
         initial = {i: s.pop("initial") for i, s in of_param.items() if "initial" in s}  # torch would round to p.dtype
         of_param = {i: s for i, s in of_param.items() if s}
         super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
-        self._waiting = waiting
+        self._waiting, self._moved = waiting, set()
         for index, p in zip(_in_order(saved), _in_order(self.param_groups), strict=True):
             if index in initial:
                 self.state[p]["initial"] = initial[index].to(p.device, copy=True)
@@ -318,7 +321,9 @@ class Projected(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What torch keeps, and what the inner class's constructor set beside it: torch drops that from copies."""
         self._settle()
-        return {**super().__getstate__(), **{k: vars(self)[k] for k in self._made_with}, "_made_with": self._made_with}
+        self._store_radii()
+        made_with = {k: vars(self)[k] for k in self._made_with}
+        return {**super().__getstate__(), **made_with, "_made_with": self._made_with, "_moved": set()}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not projected(self.inner):  # a subclass that somebody wrote: found by its own name

@@ -223,6 +223,26 @@ def test_with_radii_too_a_state_goes_to_the_stock_optimizer_and_back(inner, step
     np.testing.assert_allclose(norms(r), norms(weight()), rtol=1e-6)
 
 
+def test_an_optimizer_without_states_keeps_the_radii_of_what_it_has_stepped_in_copies_too():
+    p, idle = weight(), weight(3, 3)
+    optimizer = ProjectedSGD([p, idle], lr=0.1, constraint=Sphere("initial"))
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for one in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for q in one.param_groups[0]["params"]:
+            q.grad = None
+        state = one.state_dict()["state"]
+        np.testing.assert_allclose(state[0]["initial"].flatten(), norms(weight()), rtol=1e-6)
+        assert not state.get(1)
+
+
+def test_a_step_without_gradients_puts_no_radius_where_a_state_would_be():
+    optimizer = ProjectedAdam([weight()], lr=0.1, constraint=Sphere("initial"))
+    optimizer.step()
+    torch.optim.Adam([weight()]).load_state_dict(optimizer.state_dict())
+    step(optimizer, 1.0)
+
+
 def test_loading_another_set_over_one_with_radii_and_the_other_way_round():
     ball, sphere = (
         ProjectedAdam([weight(value=v)], lr=0.1, constraint=set_)
