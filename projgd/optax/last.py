@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 from projgd.optax.layouts import absent
 from projgd.optax.placement import Constraints, place
-from projgd.optax.projection import project
+from projgd.optax.projection import ProjectionState, project
 
 
 def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3) -> None:
@@ -27,7 +28,8 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
         steps: how many updates to try.
 
     Raises:
-        ValueError: a parameter ended outside; it is named.
+        ValueError: a parameter ended outside; it is named. Or a projection stands inside `schedule_free`, of which the
+            first steps do not tell.
 
     >>> import jax.numpy as jnp, optax
     >>> from projgd import MaxNorm
@@ -44,6 +46,12 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     )
     weights = project(jax.tree.map(lambda p, o: p + o, params, outwards), constraint)
     state = tx.init(weights)
+    inner = jax.tree.leaves(state, is_leaf=_is_schedule_free)
+    if any(_is_schedule_free(s) and _projects(s.base_optimizer_state) for s in inner):
+        raise ValueError(
+            "the projection is inside of schedule_free, which adds its update to other points than it was made for: "
+            "put it outside, optax.chain(schedule_free(...), projection(...))"
+        )
     pressing = jax.tree.map(jnp.negative, outwards)
     for step in range(steps):
         updates, state = tx.update(pressing, state, weights)
@@ -59,3 +67,14 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
                     f"{asked.name} is outside {asked.constraint} by {far:.2g} after step {step + 1}: put the "
                     "projection last in the chain, outside of wrappers that change its update"
                 )
+
+
+def _is_schedule_free(state: Any) -> bool:
+    return isinstance(state, contrib.ScheduleFreeState)
+
+
+def _projects(state: Any) -> bool:
+    def is_projection(node: Any) -> bool:
+        return isinstance(node, ProjectionState)
+
+    return any(map(is_projection, jax.tree.leaves(state, is_leaf=is_projection)))

@@ -48,6 +48,11 @@ def train(tx, steps=8, params=PARAMS, scale=lambda step: 1.0, view=lambda params
     return seen
 
 
+def given(tx, **arguments):
+    """`tx`, with these extra arguments and no others."""
+    return optax.GradientTransformationExtraArgs(tx.init, lambda u, state, p, **_: tx.update(u, state, p, **arguments))
+
+
 OPTIMIZERS = {
     name: getattr(optax, name)
     for name in " ".join(
@@ -73,6 +78,18 @@ OPTIMIZERS |= {
     "prodigy": lambda lr: contrib.prodigy(10.0, estim_lr0=lr),
     "momo": lambda lr: contrib.momo(lr),
     "momo_adam": lambda lr: contrib.momo_adam(lr),
+    "optimistic_adam": lambda lr: optax.optimistic_adam(lr, optimism=0.1),
+    "galore": lambda lr: contrib.galore(lr, rank=2),
+    "sophia": lambda lr: given(contrib.sophia(lr), obj_fn=loss),
+    "dpsgd": lambda lr: optax.chain(
+        optax.stateless(lambda u, p: jax.tree.map(lambda g: g[None], u)),  # a batch of one example
+        contrib.dpsgd(lr, l2_norm_clip=1.0, noise_multiplier=0.1, seed=0),
+    ),
+    "sam, opaque": lambda lr: given(
+        contrib.sam(optax.sgd(lr), optax.chain(contrib.normalize(), optax.sgd(0.05)), opaque_mode=True),
+        grad_fn=lambda params, _: jax.grad(loss)(params),
+    ),
+    "schedule_free_adamw": lambda lr: contrib.schedule_free_adamw(lr),
     "mechanize": lambda lr: contrib.mechanize(optax.sgd(10 * lr), s_init=1.0),
     "adam, extra arguments": lambda lr: optax.with_extra_args_support(optax.adam(lr)),
     "apply_every": lambda lr: optax.chain(optax.adam(lr), optax.apply_every(3)),
@@ -156,6 +173,15 @@ def test_schedule_free_constrains_where_gradients_are_taken():
     assert norms(project(average, MaxNorm(C))).max() <= C
 
 
+def test_sam_is_projected_outside_of_it():
+    """Its adversarial step leaves the set, on purpose, unless the projection stands after it; then both are inside."""
+    for sync_period in (2, 3):
+        tx = given(contrib.sam(optax.sgd(0.3), optax.chain(contrib.normalize(), optax.sgd(0.5)), sync_period))
+        seen = train(optax.chain(tx, maxnorm_projection(C)), steps=12)
+        assert max(norms(params).max() for params in seen) <= C
+        assert norms(seen[-1]).max() >= C * (1 - 1e-5)
+
+
 def test_c_as_schedule_and_as_hyperparameter():
     def schedule(step):
         return 0.4 + 0.1 * step
@@ -199,6 +225,14 @@ def test_a_projection_that_is_not_last_is_found_out(tx):
         check_last(tx, PARAMS, MaxNorm(C))
 
 
+def test_a_projection_inside_of_schedule_free_is_found_out():
+    """Its first steps are inside: the wrapper is recognised, in a chain too."""
+    inside = contrib.schedule_free(CHAINED, 0.3)
+    for tx in (inside, optax.chain(optax.clip(1.0), inside)):
+        with pytest.raises(ValueError, match=r"chain\(schedule_free\(\.\.\.\), projection"):
+            check_last(tx, PARAMS, MaxNorm(C))
+
+
 def test_check_last_passes_what_holds():
-    for tx in (CHAINED, WRAPPED["MultiSteps"], WRAPPED["masked"]):
+    for tx in (CHAINED, WRAPPED["MultiSteps"], WRAPPED["masked"], WRAPPED["schedule_free"]):
         check_last(tx, PARAMS, MaxNorm(C))
