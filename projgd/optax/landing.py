@@ -39,7 +39,10 @@ def land(x: jax.Array, asked: Placed) -> jax.Array:
             if not limits.fill:
                 return _into_ball(x, limits, asked)
     if asked.over:
-        raise ValueError(f"{asked.name}: over devices of a shard_map only a MaxNorm without Split is implemented")
+        raise ValueError(
+            f"{asked.name}: {asked.constraint} in {x.dtype} cannot be split over devices in a shard_map: its squares "
+            "over- or underflow. With jit and NamedSharding it can, without split_over"
+        )
     landed: jax.Array = asked.constraint.land(x.reshape(vectors.shape), vectors.axes, jnp)
     return landed.reshape(x.shape)
 

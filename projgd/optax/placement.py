@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from projgd import axes, projections, rules
 from projgd.axes import Vectors
-from projgd.constraints import Constraint
+from projgd.constraints import Constraint, MaxNorm
 from projgd.optax.layouts import Leaf, absent, leaves
 from projgd.updates import Update
 
@@ -27,7 +27,6 @@ class Placed:
     name: str
     constraint: Constraint
     vectors: Vectors
-    index: int = 0  # among the leaves
     over: tuple[str, ...] = ()  # the mesh axes that the vectors are split over, inside shard_map
 
 
@@ -74,19 +73,26 @@ def place(constraints: Constraints, params: Any, split_over: SplitOver | None = 
     if isinstance(constraints, Constraint) and found and found[0] and not found[0].name:
         _refuse_flat(constraints, found[0])
     over = rules.first_match(split_over or {}, [leaf.name for leaf in found if leaf])
-    placed = [_placed(leaf, asked[i], i, over) for i, leaf in enumerate(found)]
+    placed = [_placed(leaf, constraint, over) for leaf, constraint in zip(found, asked, strict=True)]
     if _is_rules(constraints, params):
         rules.refuse_idle(constraints, {leaf.name: bool(p) for leaf, p in zip(found, placed, strict=True) if leaf})
     return placed
 
 
-def _placed(leaf: Leaf | None, constraint: Constraint | None, index: int, over: Mapping[str, Any]) -> Placed | None:
-    if leaf is None or constraint is None:
+def _placed(leaf: Leaf | None, constraint: Constraint | None, over: Mapping[str, Any]) -> Placed | None:
+    vectors = vectors_of(leaf, constraint) if leaf and constraint else None
+    if leaf is None or constraint is None or vectors is None:
         return None
-    vectors = vectors_of(leaf, constraint)
     mesh_axes = over[leaf.name] or ()
     split = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
-    return Placed(leaf.name, constraint, vectors, index, split) if vectors else None
+    if not split or not vectors.axes:  # entries on their own need no other device
+        return Placed(leaf.name, constraint, vectors)
+    if type(constraint) is not MaxNorm or vectors.shape != jnp.shape(leaf.array):
+        raise ValueError(
+            f"{leaf.name}: {constraint} cannot be split over the mesh axes {split} of a shard_map, only a MaxNorm "
+            "whose axis is no Split. With jit and NamedSharding any set can, without split_over"
+        )
+    return Placed(leaf.name, constraint, vectors, split)
 
 
 def vectors_of(leaf: Leaf, asked: Constraint | Update) -> Vectors | None:

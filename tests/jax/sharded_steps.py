@@ -83,9 +83,26 @@ def gathers(text: str) -> list[str]:
     ]
 
 
+def jitted(mesh, layout, tx, step, params, grads, expected):
+    """Three steps on parameters in that layout."""
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), named(SPECS[layout]))
+    p, g = jax.device_put(params, shardings), jax.device_put(grads, shardings)
+    s = jax.jit(tx.init)(p)
+    compiled = jax.jit(step).lower(p, s, g).compile()
+    jitted = jax.jit(step)
+    for _ in range(3):
+        p, s = jitted(p, s, g)
+    kept = jax.tree.map(lambda q, sharding: q.sharding.is_equivalent_to(sharding, q.ndim), p, shardings)
+    return compare(p, expected) | {
+        "sharding kept": all(jax.tree.leaves(kept)),
+        "gathers": gathers(compiled.as_text()),
+    }
+
+
 def main() -> None:
-    auto = jax.sharding.AxisType.Auto
+    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(auto, auto))
+    typed = jax.make_mesh((4, 2), ("a", "b"), axis_types=(explicit, explicit))
     params, grads = named(tree(0, 1.0)), named(tree(1, 1.0))
     report = {}
     for kind in ("chain", "apply", "sphere"):
@@ -94,19 +111,10 @@ def main() -> None:
         state = tx.init(params)
         for _ in range(3):
             expected, state = jax.jit(step)(expected, state, grads)
-        for layout, specs in SPECS.items():
-            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), named(specs))
-            p, g = jax.device_put(params, shardings), jax.device_put(grads, shardings)
-            s = jax.jit(tx.init)(p)
-            compiled = jax.jit(step).lower(p, s, g).compile()
-            jitted = jax.jit(step)
-            for _ in range(3):
-                p, s = jitted(p, s, g)
-            kept = jax.tree.map(lambda q, sharding: q.sharding.is_equivalent_to(sharding, q.ndim), p, shardings)
-            report[f"jit, {kind}, {layout}"] = compare(p, expected) | {
-                "sharding kept": all(jax.tree.leaves(kept)),
-                "gathers": gathers(compiled.as_text()),
-            }
+        for layout in SPECS:
+            report[f"jit, {kind}, {layout}"] = jitted(mesh, layout, tx, step, params, grads, expected)
+        with jax.set_mesh(typed):
+            report[f"explicit, {kind}"] = jitted(typed, "both", tx, step, params, grads, expected)
     for kind in ("chain", "apply"):
         for layout, over in {
             "rows": {"dense/*": "a", "conv/*": "a"},

@@ -268,6 +268,14 @@ def test_refused_at_init(constraint, params, error, says):
         projection(constraint).init(params)
 
 
+@pytest.mark.parametrize("constraint", [UnitNorm(), MaxNorm(1.0, axis=Split(dim=1, parts=2, over=(0, 2)))])
+def test_a_set_that_shard_map_cannot_split_is_refused_at_init(constraint):
+    params = {"a": {"kernel": jnp.ones((4, 2))}}
+    with pytest.raises(ValueError, match=r"a/kernel: .* NamedSharding any set can"):
+        projection(constraint, split_over={"a/*": "rows"}).init(params)
+    projection(NonNegative(), split_over={"a/*": "rows"}).init(params)  # needs nothing from other devices
+
+
 def test_refused_when_made_or_used():
     with pytest.raises(TypeError, match=r"3\.0 is no constraint"):
         projection(3.0)

@@ -27,6 +27,7 @@ def report():
 
 LAYOUTS = ("rows", "columns", "both", "one axis twice")
 CASES = [f"jit, {kind}, {layout}" for kind in ("chain", "apply", "sphere") for layout in LAYOUTS]
+CASES += [f"explicit, {kind}" for kind in ("chain", "apply", "sphere")]
 CASES += [f"shard_map, {kind}, {layout}" for kind in ("chain", "apply") for layout in LAYOUTS]
 
 
