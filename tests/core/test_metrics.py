@@ -204,6 +204,15 @@ def test_zeros_in_the_metric_give_way_first():
     assert np.linalg.norm(x) <= 1
 
 
+def test_the_bound_is_held_wherever_the_iteration_stops():
+    """Left of the root the norm is too large."""
+    y, d = np.full((3, 5), 7.0, np.float32), 10.0 ** np.arange(-9, 6, dtype=np.float32).reshape(3, 5)
+    x = metrics.project_ball(y, d, 1.0, (1,), repeat=lambda body, start: start / 2)
+    norms = np.linalg.norm(x.astype(np.float64), axis=1)
+    assert (norms >= 1 - 1e-5).all()
+    assert (norms <= 1).all()
+
+
 def test_newton_needs_far_fewer_than_its_steps():
     """Hard spectra, 2,000 rows each: D over 20 orders of magnitude, y correlated with it, the bound tight or loose."""
     used = []
