@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from projgd import MaxNorm, NonNegative
+from projgd import MaxNorm, NonNegative, projections
 from projgd.axes import Split
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedRMSprop, ProjectedSGD
 from tests.torch.option_sets import EVERY, IDS
@@ -101,6 +102,8 @@ def check_steps(cls, options, dtype, c, shapes, steps):
                 assert ours_now.dtype == (torch.float32 if key == "step" else dtype)
                 assert ulps(ours_now, theirs_now, *([a.grad, *old] if key != "step" else [])) <= 2
                 theirs_now.copy_(ours_now)  # each step is judged by itself
+            if dtype == torch.bfloat16:  # rounded to nearest, not just to a neighbour
+                assert (a == b.to(dtype)).double().mean() >= 0.9
             b.data.copy_(a.data)
     assert {way.name for way in optimizer.projection_path().values()} == {"fused"}
 
@@ -178,6 +181,21 @@ def test_contract_on_any_finite_numbers(data):
     p.grad = torch.zeros_like(p)
     ProjectedSGD([p], lr=0.0, c=c, fused=data.draw(st.sampled_from([True, None]))).step()
     check_contract(values, p, c, "fan_in", dtype)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_norm_within_the_guard_is_projected_as_by_the_reference(dtype, fused):
+    """Inside the ball, but beyond the threshold: to leave it would hold the bound, too, and be another answer."""
+    limits = projections.ball_limits(projections.FLOATS[dtype], (8, 300), (1,), 1.0, np)
+    x = torch.randn(8, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x *= (limits.threshold + 1.0) / 2 / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    p = torch.nn.Parameter(x.to(getattr(torch, dtype)))
+    before, p.grad = p.detach().clone(), torch.zeros_like(p)
+    ProjectedSGD([p], lr=0.0, c=1.0, fused=fused).step()
+    assert (p != before).any(dim=1).all()
+    rtol = 1e-6 if dtype == "float32" else 1e-14
+    torch.testing.assert_close(p.detach(), MaxNorm(1.0).project(before), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
