@@ -66,7 +66,7 @@ class Contenders:
             "fused + renorm_ loop": self._then(lambda p: p.renorm_(2, 0, c)),
             "projgd, default": self._sharing(self.ours, c=c).step,
             "projgd, hook on fused": self._hooked(c).step,
-            "projgd, fused, no numba": _without_numba(self._sharing(self.ours, c=c, fused=True).step),
+            "projgd, fused, no numba": hiding(("stepper", "projector"), self._sharing(self.ours, c=c, fused=True).step),
         }
         if importlib.util.find_spec("numba"):
             steps["projgd, fused"] = self._sharing(self.ours, c=c, fused=True).step
@@ -94,13 +94,15 @@ class Contenders:
         return step
 
 
-def _without_numba(step: Step) -> Step:
-    def without() -> None:
-        kept = path.stepper, path.projector
-        path.stepper = path.projector = lambda *_: None
+def hiding(what: Iterable[str], step: Step) -> Step:
+    """`step` where `projgd.torch.path` finds no fused kernels ("stepper"), or none that project ("projector")."""
+
+    def hidden() -> None:
+        kept = {name: getattr(path, name) for name in what}
+        vars(path).update(dict.fromkeys(kept, lambda *_: None))
         try:
             step()
         finally:
-            path.stepper, path.projector = kept
+            vars(path).update(kept)
 
-    return without
+    return hidden

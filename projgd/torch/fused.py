@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import path
+from projgd.torch import metrics, path
 from projgd.torch.kernels import batch
 from projgd.torch.kernels.batch import Batch
 from projgd.torch.kernels.rules import Adam, Rule, Sgd
@@ -94,6 +94,7 @@ def _key(
         getattr(constraint, "axis", None),
         group.get("momentum", 0) != 0,
         group.get("amsgrad"),
+        group["metric"],
         list(map(id, optimizer.state.values())),
         list(map(id, params)),
         [p.data_ptr() for p in params],
@@ -116,7 +117,8 @@ def _plan(
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for j, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if path.of_param(p, g, constraint) and _has_usual_state(optimizer, p, names):
+        known = path.of_param(p, g, constraint, _in_metric(optimizer, group))
+        if known and _has_usual_state(optimizer, p, names):
             places.setdefault((p.device, p.dtype), []).append(j)
     parts = []
     for chosen in places.values():
@@ -148,6 +150,7 @@ def _part(
     states = [optimizer.state[p] for p in params] if names else []
     addresses = [[s[name].data_ptr() for s in states] for name in names]
     weights = [p.data_ptr() for p in params]
+    last = addresses[-1] if names else weights
     counters = [s["step"].data_ptr() for s in states if "step" in s]
     factors = np.zeros((len(params), 2))
     factors[:, 0] = starts
@@ -158,7 +161,7 @@ def _part(
         states=states,
         names=names,
         addresses=addresses,
-        table=np.array([weights, weights, *addresses, *[weights] * (3 - len(names))], dtype=np.int64),
+        table=np.array([weights, weights, *addresses, *[last] * (3 - len(names))], dtype=np.int64),
         counters=np.array(counters, dtype=np.int64),
         factors=factors,
     )
@@ -184,11 +187,17 @@ def _run(
     sgd = optimizer.inner is SGD
     rule: Rule = _sgd(group) if sgd else _adam(group)
     c = constraint.c if isinstance(constraint, MaxNorm) else None
-    overflowed = part.batch.run(c, part.table, rule, part.counters, part.factors)
+    eps = group["eps"] if _in_metric(optimizer, group) else None
+    left = part.batch.run(c, part.table, rule, part.counters, part.factors, eps)
     if sgd:
         part.factors.fill(0)
-    project_params([part.params[k] for k in overflowed], constraint)
+    metric = metrics.after_step(optimizer, optimizer.inner, group, {})
+    project_params([part.params[k] for k in left], constraint, None, metric)
     torch.autograd.graph.increment_version(part.params)
+
+
+def _in_metric(optimizer: Projected, group: dict[str, Any]) -> bool:
+    return group["metric"] == "adaptive" and optimizer.inner is not SGD  # whose metric is the Euclidean one
 
 
 def _sgd(group: dict[str, Any]) -> Sgd:
@@ -210,12 +219,20 @@ def _lr(group: dict[str, Any]) -> Any:
 
 
 def _without(group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
-    """A group without some of its parameters; on a CPU not for torch's own fused kernels, of which the one for SGD is
-    wrong for bfloat16 (torch 2.13: by a tenth of the update)."""
+    """A group without some of its parameters; stepped by torch's own fused kernels only where these are sound."""
     left = [j for j, p in enumerate(group["params"]) if id(p) not in covered]
-    fused = group.get("fused") and any(group["params"][j].device.type != "cpu" for j in left)
     return {
         **group,
-        "fused": fused,
+        "fused": bool(group.get("fused")) and all(_is_sound(group["params"][j]) for j in left),
         **{k: [group[k][j] for j in left] for k in ("params", "param_names") if k in group},
     }
+
+
+def _is_sound(p: Tensor) -> bool:
+    """Whether torch's fused kernel may step p.
+
+    On a CPU (torch 2.13) that for SGD in bfloat16 is wrong by a tenth of the update, float16 was seen to give NaN, and
+    gradients are read as if they lay in memory as p does.
+    """
+    plain = type(p) in (Tensor, torch.nn.Parameter) and (p.grad is None or path.alike(p.grad, p))
+    return p.device.type != "cpu" or (plain and p.dtype in (torch.float32, torch.float64))

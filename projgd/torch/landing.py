@@ -61,9 +61,7 @@ def _land_plain(plan: Plan) -> None:
     u, w = (p.view if in_place else p.to(compute).reshape)(vectors.shape), plan.w.to(compute).reshape(vectors.shape)
     if plan.on_top:
         u.sub_(w)
-    _shape(u, w, plan.update, plan.lr, vectors.axes)
-    if plan.moves:
-        u.add_(w)
+    _shape(u, w, plan, vectors.axes)
     if plan.radius is not None:
         u.mul_(_to_sphere(_norms(u, vectors.axes), plan.radius, kind, vectors).to(compute))
     if not in_place:
@@ -97,15 +95,22 @@ def _pair(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     return (u - w if plan.on_top else u), w
 
 
-def _shape(u: torch.Tensor, w: torch.Tensor, update: Update, lr: Any, axes: tuple[int, ...]) -> None:
-    """`Update.shape` in place."""
+def _shape(u: torch.Tensor, w: torch.Tensor, plan: Plan, axes: tuple[int, ...]) -> None:
+    """u becomes what `Update.shape` makes of it, with w added if the plan moves the weights."""
+    keeps_direction = isinstance(plan.update, (RelativeUpdate, MaxUpdate))
     size = Measures(_norms(w, axes), _norms(u, axes), torch.zeros(()))
-    if not isinstance(update, (RelativeUpdate, MaxUpdate)):
+    if not keeps_direction:
         size = size._replace(cosine=_cosine(u, w, size, axes))
-    share, factor = _numbers(update, size, lr)
-    u.mul_(factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype))
-    if not isinstance(update, (RelativeUpdate, MaxUpdate)):
+    share, factor = _numbers(plan.update, size, plan.lr)
+    factor = factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype)
+    if keeps_direction and plan.moves:
+        torch.addcmul(w, u, factor, out=u)  # one pass over memory
+        return
+    u.mul_(factor)
+    if not keeps_direction:
         u.addcmul_(w, share.to(u.dtype))
+    if plan.moves:
+        u.add_(w)
 
 
 def _numbers(update: Update, size: Measures, lr: Any) -> tuple[torch.Tensor, torch.Tensor]:

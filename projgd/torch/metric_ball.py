@@ -1,4 +1,6 @@
-"""The projection onto the ball in a diagonal metric, in place on a CPU: the rows outside, a few in cache at a time.
+"""The projection onto the ball in a diagonal metric, in place on a CPU, by operations of PyTorch: where no kernel can.
+
+The rows outside, a few in cache at a time.
 
 What `projgd.metrics.project_ball` says, with the same target. The secular equation is solved in units where c = 1 and
 max D = 1, from λ = max(0, ‖Dy‖ - 1, max(D|y| - D)), which is left of the root; Newton's iteration then only climbs. A
@@ -6,10 +8,6 @@ chunk of rows in which that could over- or underflow goes to the reference.
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import cast
 
 import array_api_compat.torch as xp
 import torch
@@ -61,10 +59,6 @@ def _solve(y: Tensor, d: Tensor, radius: float) -> Tensor | None:
     if not d.amin().item() >= 2.0**-80:  # a NaN, too
         return None
     close = 1 - ball.ball_limits(torch.float32, Vectors(tuple(y.shape), (1,)), 1.0).threshold
-    if (kernel := _kernel()) is not None:
-        out = torch.empty_like(y)
-        kernel(y.detach().numpy(), d.numpy(), out.numpy(), radius, close, metrics.STEPS)
-        return out
     u = torch.mul(y, d).div_(radius)
     low = torch.sub(u.abs(), d).amax(1, keepdim=True)
     high = _norm(u, dim=1, keepdim=True)
@@ -80,13 +74,3 @@ def _solve(y: Tensor, d: Tensor, radius: float) -> Tensor | None:
         if float(excess.abs().max()) <= close:
             break
     return torch.div(u, d.add_(nu), out=h).mul_(radius)
-
-
-@functools.cache
-def _kernel() -> Callable[..., None] | None:
-    """The compiled loop, where numba is installed (`pip install projgd[fast]`)."""
-    try:
-        from projgd.torch.metric_kernel import solve
-    except ImportError:
-        return None
-    return cast("Callable[..., None]", solve)

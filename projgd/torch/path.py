@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
+from projgd.torch import metrics
 from projgd.torch.settings import constraint_of, named
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ MACHINES = {
 Memory = tuple[type, torch.device, torch.dtype, torch.Size, tuple[int, ...]]
 """What a kernel must know of a tensor but its address: class, device, dtype, shape and strides."""
 
+Projector = Callable[[Sequence[torch.Tensor], Any, Any], list[torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Path:
@@ -89,14 +92,15 @@ def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]]
 
 
 def projector(
-    params: Sequence[torch.Tensor], constraint: Constraint
-) -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]] | None:
+    params: Sequence[torch.Tensor], constraint: Constraint, metric: metrics.Metric | None
+) -> Projector | None:
     """The function that takes what it can of a projection in a kernel; None where nothing can be."""
-    return _projector() if of_projection(constraint) and _any_machine(params[:1]) else None
+    can = isinstance(metric, metrics.OfStep | None) and of_projection(constraint) and _any_machine(params[:1])
+    return _projector() if can else None
 
 
 @functools.cache
-def _projector() -> Callable[[Sequence[torch.Tensor], Any], list[torch.Tensor]]:
+def _projector() -> Projector:
     from projgd.torch.kernels import batch
 
     return batch.project
@@ -108,19 +112,18 @@ def by_parameter(optimizer: Projected) -> dict[str, Path]:
     for i, group in enumerate(optimizer.param_groups):
         constraint = constraint_of(group)
         fused = of_optimizer(optimizer) and of_group(group, constraint)
-        after = _after_step(optimizer, group, constraint)
+        metric = metrics.after_step(optimizer, optimizer.inner, group, {})
+        after = _after_step(optimizer, constraint)
         for name, p in named(group, i).items():
-            whole = fused and of_param(p, p.grad, constraint)
-            paths[name] = whole if whole else _alone(after, whole, p, constraint)
+            whole = fused and of_param(p, p.grad, constraint, metric is not None)
+            paths[name] = whole if whole else _alone(after, whole, p, constraint, metric)
     return paths
 
 
-def _after_step(optimizer: Projected, group: Mapping[str, Any], constraint: Constraint | None) -> Path:
+def _after_step(optimizer: Projected, constraint: Constraint | None) -> Path:
     """Whether the projection after the optimizer's own step may be a kernel's."""
     if constraint is None:
         return Path("eager", "there is no constraint")
-    if group["metric"] != "euclidean":
-        return Path("eager", "the kernels know the Euclidean metric only")
     if getattr(optimizer, "found_inf", None) is not None:
         return Path("eager", "GradScaler has a say in this step")
     if optimizer.defaults.get("differentiable"):
@@ -129,13 +132,17 @@ def _after_step(optimizer: Projected, group: Mapping[str, Any], constraint: Cons
         return of_projection(constraint)
 
 
-def _alone(after: Path, whole: Path, p: torch.Tensor, constraint: Constraint | None) -> Path:
+def _alone(
+    after: Path, whole: Path, p: torch.Tensor, constraint: Constraint | None, metric: metrics.OfStep | None
+) -> Path:
     if not after or constraint is None:
         return after
     vectors = constraint.resolve(tuple(p.shape), "out_first")
     if vectors is None:
         return Path("eager", "it has no fan-in: nothing of it is projected")
-    found = of_memory(memory(p), vectors)
+    if metric is not None and ((root := metric.root(p)) is None or not alike(root.v, p)):
+        return Path("eager", "the kernels know metrics √v + ε, with v from a step that has been taken")
+    found = of_memory(memory(p), vectors, metric is not None)
     if not found:
         return found
     package = MACHINES[p.device.type].package
@@ -161,8 +168,8 @@ def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:
         return Path("eager", "fused=True was not passed for its group")
     if constraint is not None and not (known := _of_set(constraint)):
         return known
-    if group["update"] is not None or group["gradient"] is not None or group["metric"] != "euclidean":
-        return Path("eager", "the kernels take gradient and update as they come, and the Euclidean metric")
+    if group["update"] is not None or group["gradient"] is not None:
+        return Path("eager", "the kernels take gradient and update as they come")
     if group.get("capturable") and all(p.device.type == "cpu" for p in group["params"][:1]):
         return Path("eager", "capturable=True was passed")
     return FUSED
@@ -185,9 +192,12 @@ def _of_set(constraint: Constraint) -> Path:
     return FUSED
 
 
-def of_param(p: torch.Tensor, grad: torch.Tensor | None, constraint: Constraint | None) -> Path:
+def of_param(
+    p: torch.Tensor, grad: torch.Tensor | None, constraint: Constraint | None, in_metric: bool = False
+) -> Path:
     """What a parameter, its memory and its gradient allow."""
-    found = of_memory(memory(p), None if constraint is None else constraint.resolve(tuple(p.shape), "out_first"))
+    vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first")
+    found = of_memory(memory(p), vectors, in_metric)
     if found and grad is not None and not alike(grad, p):
         return Path("eager", "its gradient is sparse, or not laid out in memory as the parameter is")
     return found
@@ -198,7 +208,7 @@ def memory(p: torch.Tensor) -> Memory:
     return type(p), p.device, p.dtype, p.shape, p.stride()
 
 
-def of_memory(memory: Memory, vectors: Vectors | None) -> Path:
+def of_memory(memory: Memory, vectors: Vectors | None, in_metric: bool = False) -> Path:
     """What the memory of a tensor allows; with `vectors` None it is not projected."""
     from projgd.torch.kernels import plan
 
@@ -213,10 +223,15 @@ def of_memory(memory: Memory, vectors: Vectors | None) -> Path:
     if dtype not in machine.dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in machine.dtypes)
         return Path("eager", f"the kernels know {known}, not {str(dtype).removeprefix('torch.')}")
-    if 0 in shape or plan.layout_of(shape, stride, vectors) is None:
+    layout = plan.layout_of(shape, stride, vectors)
+    if 0 in shape or layout is None:
         return Path("eager", "its memory has gaps, or its vectors lie in it in no regular way")
     if dtype == torch.float64 and vectors is not None and vectors.length > 2**21:
         return Path("eager", "its vectors are too long for a sum in float64 that is known to be good enough")
+    if in_metric and vectors is not None and (device.type != "cpu" or dtype == torch.float64 or layout[1] != 1):
+        return Path(
+            "eager", "the kernels know a metric on a CPU, float32 or bfloat16, for vectors of contiguous memory"
+        )
     return found
 
 

@@ -78,8 +78,8 @@ def project_whole(
     params: Sequence[torch.Tensor], constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
 ) -> None:
     """What a kernel can take in one call, the others one by one."""
-    if skip is None and metric is None and (kernel := path.projector(params, constraint)):
-        params = kernel(params, constraint)
+    if skip is None and (kernel := path.projector(params, constraint, metric)):
+        params = kernel(params, constraint, metric)
     for p in params:
         project_(p, constraint, skip, metric)
 

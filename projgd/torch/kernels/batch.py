@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from projgd.constraints import MaxNorm
 from projgd.torch import path
 from projgd.torch.kernels import plan
 from projgd.torch.kernels.rules import Rule
+from projgd.torch.metrics import OfStep
 from projgd.torch.path import Memory
 
 NO_COUNTERS, NO_FACTORS = np.empty(0, np.int64), np.empty((0, 2))
@@ -49,16 +51,18 @@ class Batch(abc.ABC):
         rule: Rule | None = None,
         counters: npt.NDArray[np.int64] = NO_COUNTERS,
         factors: npt.NDArray[np.float64] = NO_FACTORS,
+        eps: float | None = None,
     ) -> list[int]:
         """Update by `rule`, and project onto the ball of radius c.
 
         Args:
             c: None where all tensors are free.
             table: (operands, tensors), addresses of parameter, gradient and three states; without an update of the
-                parameter alone.
+                parameter alone; in a metric last of what it is made of.
             rule: None for no update.
             counters: (tensors,), addresses of Adam's step counts.
             factors: (tensors, 2), 1 in the first column where the momentum of SGD starts.
+            eps: for the metric √v / root + ε, the root being the second factor; None for the Euclidean one.
 
         Returns:
             The tensors that are left to the reference.
@@ -84,26 +88,32 @@ def batch(memory: Sequence[Memory], vectors: Sequence[Vectors | None]) -> Batch:
     return made
 
 
-def project(params: Sequence[Tensor], constraint: MaxNorm) -> list[Tensor]:
+def project(params: Sequence[Tensor], constraint: MaxNorm, metric: OfStep | None = None) -> list[Tensor]:
     """Project in place what the kernels can take. Returns the parameters that are left."""
-    batches, rest = _batches(tuple(map(path.memory, params)), constraint.axis)
-    left = [params[i] for i in rest]
+    roots = [None if metric is None else metric.root(p) for p in params]
+    fits = [metric is None or (r is not None and path.alike(r.v, p)) for r, p in zip(roots, params, strict=True)]
+    left = [p for p, fit in zip(params, fits, strict=True) if not fit]
+    params, roots = list(itertools.compress(params, fits)), list(itertools.compress(roots, fits))
+    batches, rest = _batches(tuple(map(path.memory, params)), constraint.axis, metric is not None)
+    left += [params[i] for i in rest]
     for places, known in batches:
-        mine = [params[i] for i in places]
-        table = np.array([[p.data_ptr() for p in mine]])
-        left += [mine[i] for i in known.run(constraint.c, table)]
+        mine, theirs = [params[i] for i in places], [root for i in places if (root := roots[i]) is not None]
+        table = np.array([[t.data_ptr() for t in tensors] for tensors in (mine, [r.v for r in theirs]) if tensors])
+        factors = np.array([(0.0, float(r.by)) for r in theirs]).reshape(-1, 2)
+        eps = float(theirs[0].eps) if theirs else None
+        left += [mine[i] for i in known.run(constraint.c, table, factors=factors, eps=eps)]
         torch.autograd.graph.increment_version(mine)
     return left
 
 
 Batches = tuple[list[tuple[list[int], Batch]], list[int]]
-_known: dict[tuple[tuple[Memory, ...], Axis], Batches] = {}
+_known: dict[tuple[tuple[Memory, ...], Axis, bool], Batches] = {}
 
 
-def _batches(memory: tuple[Memory, ...], axis: Axis) -> Batches:
+def _batches(memory: tuple[Memory, ...], axis: Axis, in_metric: bool) -> Batches:
     """What of these parameters goes into which batch, and what into none. The last 16 answers are remembered."""
-    if (memory, axis) in _known:
-        return _known[memory, axis]
+    if (memory, axis, in_metric) in _known:
+        return _known[memory, axis, in_metric]
     constraint = MaxNorm(1.0, axis)
     vectors = [constraint.resolve(shape, "out_first") for *_, shape, _ in memory]
     taken: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -111,7 +121,7 @@ def _batches(memory: tuple[Memory, ...], axis: Axis) -> Batches:
     for i, (m, v) in enumerate(zip(memory, vectors, strict=True)):
         if v is None:
             continue
-        if path.of_memory(m, v):
+        if path.of_memory(m, v, in_metric):
             taken.setdefault(m[1:3], []).append(i)
         else:
             rest.append(i)
@@ -119,5 +129,5 @@ def _batches(memory: tuple[Memory, ...], axis: Axis) -> Batches:
     if all(b.lasting for _, b in made):
         if len(_known) >= 16:
             _known.pop(next(iter(_known)), None)
-        _known[memory, axis] = made, rest
+        _known[memory, axis, in_metric] = made, rest
     return made, rest

@@ -28,12 +28,16 @@ from projgd.torch.kernels.rules import Adam, Sgd
 BLOCK = 2048
 TINY = 2.0**-100
 SHORT = 256  # vectors of fewer entries are not worth a call each: their squares are taken after the update of a tile
+SOME = 256  # entries of a vector that the first guess at its multiplier looks at
+STEPS = 30
+LIGHTEST, HEAVIEST = 2.0**-50, 2.0**50  # D in which no power that is summed here over- or underflows
 MAX_WIDTH = 2048  # vectors in a tile
 TENSOR, K0, R0_FROM, R0_TO, K1_FROM, K1_TO, R1_FROM, R1_TO, FIRST, COUNT, PLACE = range(11)  # the columns of `tiles`
 
 _COUNTER = np.empty(0, np.float32)  # the dtype of torch's step counts
 
 _exact = njit(error_model="numpy")
+_fast = njit(error_model="numpy", fastmath=True)  # for finite numbers only
 
 
 @intrinsic
@@ -276,8 +280,13 @@ def _in_blocks(h: Any, table: Any, k: int, start: int, size: int, factors: Any, 
 
 
 @_exact
-def _rescale(sums: Any, address: int, tile: Any, layout: Any, limit: Any, scales: Any, like: Any) -> None:
-    """Bring the vectors of a tile whose `sums` of squares say so back into the ball."""
+def _rescale(
+    eps: Any, i: int, tiles: Any, sums: Any, table: Any, layouts: Any, limits: Any, factors: Any, rooms: Any, like: Any
+) -> None:
+    """To the nearest points: the part of every vector that lies in this tile."""
+    tile, scales = tiles[i], rooms[0]
+    k = tile[TENSOR]
+    address, layout, limit = table[0, k], layouts[k], limits[k]
     width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
     outside = False
     for j in range(width):
@@ -300,8 +309,135 @@ def _rescale(sums: Any, address: int, tile: Any, layout: Any, limit: Any, scales
                 _scale(_view(address, start + j * run, run, like), scales[j])
 
 
+@_exact
+def _widen(x: Any, v: Any, root: float, eps: float, scale: float, y: Any, d: Any) -> bool:
+    """y = x · scale and D = √v / root + ε; whether D is such that `_multiplier` can work with it."""
+    factor, by, least = np.float32(scale), np.float32(root), np.float32(eps)
+    low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for i in range(y.size):
+        y[i] = _load(x, i) * factor
+        d[i] = np.sqrt(_load(v, i)) / by + least
+        bits = _as_bits(d[i])  # in the order of the numbers, then NaN and negative ones
+        low, high = bits if bits < low else low, bits if bits > high else high
+    return bool(_from_bits(low) >= LIGHTEST and _from_bits(high) <= HEAVIEST)
+
+
+@_fast
+def _block_moments(y: Any, d: Any, multiplier: Any) -> Any:
+    one, zero, first, second = np.float32(1), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(y.size):
+        inverse = one / (d[i] + multiplier)
+        x = y[i] * (d[i] * inverse)
+        h = x * inverse
+        zero += x * x
+        first += x * h
+        second += h * h
+    return zero, first, second
+
+
+@_exact
+def _moments(y: Any, d: Any, multiplier: float) -> Any:
+    """Σ x², Σ x² / (D + λ) and Σ x² / (D + λ)² of x = y · D / (D + λ)."""
+    zero, first, second = 0.0, 0.0, 0.0
+    for start in range(0, y.size, BLOCK):
+        part = _block_moments(y[start : start + BLOCK], d[start : start + BLOCK], np.float32(multiplier))
+        zero += part[0]
+        first += part[1]
+        second += part[2]
+    return zero, first, second
+
+
+@_exact
+def _multiplier(y: Any, d: Any, norm: float) -> Any:
+    """λ > 0 with ‖x(λ)‖ = 1, x as in `_moments`; y has a norm above 1. -1 where it was not found.
+
+    Newton's iteration on 1/‖x(λ)‖ = 1 with one more term of the series. Left of the root it never steps over; from the
+    right, where the guess from the first entries may lie, Newton's own step leads back to the left.
+    """
+    some = min(y.size, SOME)
+    _, first, second = _moments(y[:some], d[:some], 0.0)
+    zero, first, second = norm * norm, first * y.size / some, second * y.size / some
+    if first == 0:
+        _, first, second = _moments(y, d, 0.0)
+    found = least = 0.0
+    for step in range(STEPS):
+        excess = math.sqrt(zero) - 1
+        newton, bend = excess * zero / first, 1.5 * excess * (zero * second / (first * first) - 1)
+        found = max(found + (newton * (1 + bend) if abs(bend) < 0.3 else newton), least)
+        if not found < np.inf:
+            return -1.0
+        if step > 0 and abs(bend) < 0.1 and abs(excess) * bend * bend < 2e-9:  # the next excess, but for rounding
+            return found
+        zero, first, second = _moments(y, d, found)
+        if zero > 1:
+            least = found
+    return -1.0
+
+
+@_fast
+def _weigh(y: Any, d: Any, multiplier: float) -> float:
+    """y becomes x(λ); its norm."""
+    by, total = np.float32(multiplier), 0.0
+    for i in range(y.size):
+        y[i] *= d[i] / (d[i] + by)
+        wide = np.float64(y[i])
+        total += wide * wide
+    return math.sqrt(total)
+
+
+@_exact
+def _store_scaled(x: Any, y: Any, scale: float) -> None:
+    factor = np.float32(scale)
+    for i in range(x.size):
+        _store(x, i, y[i] * factor)
+
+
+@_exact
+def _in_metric(
+    eps: Any, i: int, tiles: Any, sums: Any, table: Any, layouts: Any, limits: Any, factors: Any, rooms: Any, like: Any
+) -> None:
+    """To the nearest points in the metric D, whole vectors at a time: those that begin in this tile."""
+    tile = tiles[i]
+    k = tile[TENSOR]
+    size, limit = layouts[k, 3], limits[k]
+    if tile[FIRST] != i:
+        return
+    for j in range(tile[K1_TO] - tile[K1_FROM]):
+        norm, target = math.sqrt(sums[j]), limit[1]
+        if not (norm > limit[0] and norm < np.inf):
+            continue
+        start = (tile[K0] * layouts[k, 2] + tile[K1_FROM] + j) * size
+        x, v = _view(table[0, k], start, size, like), _view(table[len(table) - 1, k], start, size, like)
+        y, d = rooms[1][:size], rooms[2][:size]
+        multiplier = -1.0
+        usable = 2.0**-60 < target < 2.0**60 and norm < 2.0**20 * target
+        if usable and _widen(x, v, factors[k, 1], eps, 1 / target, y, d):
+            multiplier = _multiplier(y, d, norm / target)
+        if multiplier < 0:
+            limit[2] = 1
+        else:
+            _store_scaled(x, y, target / _weigh(y, d, multiplier))
+
+
+def _bring_back(
+    eps: Any, i: int, tiles: Any, sums: Any, table: Any, layouts: Any, limits: Any, factors: Any, rooms: Any, like: Any
+) -> None:
+    """Bring what is outside, of the vectors of tile i with these `sums` of squares, back into the ball."""
+
+
+@overload(_bring_back, strict=False)
+def _bring_back_of(
+    eps: Any, i: Any, tiles: Any, sums: Any, table: Any, layouts: Any, limits: Any, factors: Any, rooms: Any, like: Any
+) -> Any:
+    project = _rescale if isinstance(eps, types.NoneType) else _in_metric
+    return lambda eps, i, tiles, sums, table, layouts, limits, factors, rooms, like: project(
+        eps, i, tiles, sums, table, layouts, limits, factors, rooms, like
+    )
+
+
 def step(
     h: Any,
+    eps: Any,
     like: Any,
     table: Any,
     counters: Any,
@@ -316,6 +452,8 @@ def step(
 
     Args:
         h: the rule of the update with its hyperparameters, `Sgd` or `Adam`; None for no update. Compiled for each.
+        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, where the last row of `table`
+            has the addresses of v, and the second column of `factors` the roots. For vectors of contiguous memory.
         like: an empty array of the stored dtype.
         table: int64 (operands, tensors): addresses of parameter, gradient and three states; without an update of
             the parameter alone.
@@ -326,19 +464,24 @@ def step(
             PLACE is where its sums lie in `left`.
         ranges: int64 (threads + 1,): which tiles are whose.
         limits: float64 (tensors, 3): threshold and target; an infinite threshold leaves a tensor free. The third
-            becomes 1 where the squares of float64 numbers overflowed: that tensor is left to `projections`.
+            becomes 1 where the squares of float64 numbers overflowed, or a metric is out of range: that tensor is left
+            to `projections` and `metrics`.
         left: float64, room for the sums of the tiles that share vectors; empty if none do.
     """
     _begin(h, counters, factors)
+    longest = 0
+    if eps is not None:
+        for k in range(len(layouts)):
+            longest = max(longest, layouts[k, 3])
     for t in prange(len(ranges) - 1):
         sums = np.zeros(MAX_WIDTH)
-        scales = np.ones(MAX_WIDTH)
+        rooms = np.ones(MAX_WIDTH), np.empty(longest, np.float32), np.empty(longest, np.float32)
         for i in range(ranges[t], ranges[t + 1]):
             tile = tiles[i]
             k = tile[TENSOR]
-            layout, limit = layouts[k], limits[k]
+            layout = layouts[k]
             width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
-            free = limit[0] == np.inf
+            free = limits[k, 0] == np.inf
             for j in range(width):
                 sums[j] = 0.0
             for r in range(tile[R0_FROM], tile[R0_TO]):
@@ -360,13 +503,13 @@ def step(
             if free:
                 continue
             if tile[COUNT] == 1:
-                _rescale(sums, table[0, k], tile, layout, limit, scales, like)
+                _bring_back(eps, i, tiles, sums, table, layouts, limits, factors, rooms, like)
             else:
                 left[tile[PLACE] : tile[PLACE] + width] = sums[:width]
     if left.size:
         for t in prange(len(ranges) - 1):
             sums = np.zeros(MAX_WIDTH)
-            scales = np.ones(MAX_WIDTH)
+            rooms = np.ones(MAX_WIDTH), np.empty(longest, np.float32), np.empty(longest, np.float32)
             for i in range(ranges[t], ranges[t + 1]):
                 tile = tiles[i]
                 k = tile[TENSOR]
@@ -377,7 +520,7 @@ def step(
                     sums[j] = 0.0
                     for other in range(tile[FIRST], tile[FIRST] + tile[COUNT]):
                         sums[j] += left[tiles[other, PLACE] + j]
-                _rescale(sums, table[0, k], tile, layouts[k], limits[k], scales, like)
+                _bring_back(eps, i, tiles, sums, table, layouts, limits, factors, rooms, like)
 
 
 def _compiled(function: Any) -> Any:

@@ -33,7 +33,7 @@ LIKE = {
 SHARE = 1 << 17  # entries that are worth another thread
 MOST_THREADS: int = cast("Any", numba.config).NUMBA_NUM_THREADS
 _launch = threading.Lock()  # a batch has one room for sums, and numba's simplest thread pool cannot be entered twice
-_ready: set[tuple[torch.dtype, type]] = set()
+_ready: set[tuple[torch.dtype, type, bool]] = set()
 
 
 class Batch(batch.Batch):
@@ -54,33 +54,35 @@ class Batch(batch.Batch):
         rule: Rule | None = None,
         counters: npt.NDArray[np.int64] = NO_COUNTERS,
         factors: npt.NDArray[np.float64] = NO_FACTORS,
+        eps: float | None = None,
     ) -> list[int]:
-        """See `batch.Batch.run` and `cpu.step`. Left are tensors of which squares of float64 numbers overflowed."""
+        """See `batch.Batch.run` and `cpu.step`. Left are tensors in which something over- or underflowed."""
         threads = min(torch.get_num_threads(), MOST_THREADS, 1 + self._entries // SHARE)
         before = numba.get_num_threads()
         with _launch:
             self.limit(c)
             if threads not in self._ranges:
                 self._ranges[threads] = plan.ranges(self._tiles, threads)
-            operands = rule, LIKE[self.dtype], table, counters, factors
+            operands = rule, eps, LIKE[self.dtype], table, counters, factors
+            variant = self.dtype, type(rule), eps is None
             walk = self._sizes, self._tiles, self._ranges[threads], self.limits, self._left
             if threads != before:
                 numba.set_num_threads(threads)
             try:
-                if (self.dtype, type(rule)) in _ready:
+                if variant in _ready:
                     cpu.run(*operands, *walk)
                 else:
                     with _alone():
                         cpu.run(*operands, *walk)
-                    _ready.add((self.dtype, type(rule)))
+                    _ready.add(variant)
             finally:
                 if threads != before:
                     numba.set_num_threads(before)
-            if self.dtype != torch.float64:
+            if self.dtype != torch.float64 and eps is None:
                 return []
-            overflowed: list[int] = np.flatnonzero(self.limits[:, 2]).tolist()
+            left: list[int] = np.flatnonzero(self.limits[:, 2]).tolist()
             self.limits[:, 2] = 0
-            return overflowed
+            return left
 
 
 @contextlib.contextmanager

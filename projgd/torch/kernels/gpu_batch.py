@@ -74,6 +74,7 @@ class Batch(batch.Batch):
         rule: Rule | None = None,
         counters: npt.NDArray[np.int64] = NO_COUNTERS,
         factors: npt.NDArray[np.float64] = NO_FACTORS,
+        eps: float | None = None,
     ) -> list[int]:
         """See `batch.Batch.run` and `gpu.step`. The host waits for nothing; where nothing changed, nothing is sent.
 
