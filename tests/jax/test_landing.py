@@ -128,7 +128,8 @@ def test_where_nothing_binds_the_weights_are_those_of_the_plain_step(stored, upd
         p = jnp.asarray(np.concatenate([p, np.repeat(hard, len(hard))]), stored)[None]
         u = jnp.asarray(np.concatenate([u, np.tile(hard, len(hard))]), update)[None]
     c = 1e9 if stored == "float16" else 1e12
-    keep = ~(np.abs(np.asarray(p + u, np.float64)) > c)[0]
+    sums = np.asarray(p + u, np.float64)[0]
+    keep = ~(np.isfinite(sums) & (np.abs(sums) > c))  # vectors with NaN or inf are left alone too
     plain = np.asarray(jax.jit(optax.apply_updates)(p, u), np.float64)[:, keep]
     ours = np.asarray(jax.jit(chained)(p, u, c), np.float64)[:, keep]
     np.testing.assert_array_equal(ours, plain)
