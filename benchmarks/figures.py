@@ -88,7 +88,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(
         1,
         len(workloads),
-        figsize=(2 + 3 * len(workloads), 0.8 + 0.3 * len(ways)),
+        figsize=(2 + 3 * len(workloads), 1.8 + 0.3 * len(ways)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -100,7 +100,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             hollow = r["bound"] not in (None, BINDING)
             ax.plot(r["R"], y, "o", color=COLORS[i], markersize=5, markerfacecolor="white" if hollow else COLORS[i])
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(title=workload, xscale="log", xlabel="R")
+        ax.set(title=workload, xscale="log")
         ax.xaxis.set_major_locator(plt.LogLocator(base=2))
         ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: f"{x:g}"))
         ax.xaxis.set_minor_locator(plt.NullLocator())
@@ -110,9 +110,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     dots = [plt.Line2D([], [], color=COLORS[i], marker="o", linestyle="", label=o) for i, o in enumerate(optimizers)]
     hollow = {"color": "black", "marker": "o", "linestyle": "", "markerfacecolor": "white"}
     dots.append(plt.Line2D([], [], label="hollow: nothing binds", **hollow))
-    figure.legend(handles=dots, loc="upper center", ncols=len(dots), frameon=False, bbox_to_anchor=(0.5, 0.02))
+    figure.legend(handles=dots, loc="outside lower center", ncols=len(dots), frameon=False)
     figure.suptitle(
-        "Time of a step, projection included, over the plain step of torch's fused optimizer / of jitted optax"
+        "R: time of a step, projection included, over the plain step of torch's fused optimizer / of jitted optax"
     )
     figure.savefig(path, bbox_inches="tight", dpi=110)
     plt.close(figure)

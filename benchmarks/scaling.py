@@ -102,7 +102,9 @@ def plot(rows: list[record.Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     studies = [s for s in STUDIES if any(r["study"] == s for r in rows)]
-    figure, axes = plt.subplots(2, len(studies), figsize=(4 * len(studies), 7), sharex="col", squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(studies), figsize=(4 * len(studies), 7), sharex="col", squeeze=False, layout="constrained"
+    )
     for column, study in enumerate(studies):
         for upper, what in ((True, "R"), (False, "ns")):
             ax = axes[0 if upper else 1][column]
@@ -121,7 +123,7 @@ def plot(rows: list[record.Row], path: Path) -> None:
     axes[0][0].set_ylabel("R: step / plain step")
     axes[1][0].set_ylabel("ns per weight")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, bbox_inches="tight", dpi=100)
     plt.close(figure)
 
