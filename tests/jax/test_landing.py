@@ -88,8 +88,9 @@ def test_huge_tiny_and_broken_vectors():
         "zero": [0.0, -0.0, 0.0],
     }
     x = jnp.asarray(np.asarray(list(columns.values()), np.float32).T)
-    for c in (4.0, jnp.float32(4.0)):
-        q = np.asarray(landed(x, jnp.full_like(x, -0.0), c))
+    still = jnp.full_like(x, -0.0)
+    for q in (landed(x, still, 4.0), landed(x, still, jnp.float32(4.0)), jax.jit(MaxNorm(4.0).project)(x)):
+        q = np.asarray(q)
         found = dict(zip(columns, q.T, strict=True))
         for name in ("huge", "large", "edge", "mixed"):
             w = np.asarray(columns[name], np.float32).astype(np.longdouble)
