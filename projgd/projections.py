@@ -170,17 +170,15 @@ def shrunk(total: Callable[[Array], Array], x: Array, square: Array, xp: ModuleT
     return xp.where(huge, far, xp.ones_like(far)), xp.where(huge, smaller, square)
 
 
-def seldom(flag: Array, careful: Callable[..., Any], usual: Callable[..., Any], *arrays: Array) -> Any:
-    """In JAX: `careful(*arrays)`, or where the `flag` is false `usual(*arrays)`, which is the same then.
+def _always(flag: Array, careful: Callable[..., Any], usual: Callable[..., Any], *arrays: Array) -> Any:
+    return careful(*arrays)
 
-    Only where it is compiled for a CPU, where a pass over the weights that is left out is time won, is there a branch:
-    it would make a GPU wait for the host, and there XLA takes both sums in one pass.
-    """
-    import jax
 
-    if not isinstance(flag, jax.core.Tracer):  # compiling a branch for every call would take longer
-        return careful(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=partial(jax.lax.cond, flag, careful, usual), default=careful)
+seldom: Callable[..., Any] = _always
+"""`careful(*arrays)`, or where the flag is false `usual(*arrays)`, which is the same then.
+
+The core knows no branch of a JAX program: `projgd.optax` puts one here.
+"""
 
 
 def _beyond_in_jax(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Array]:
