@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from projgd import MaxNorm, NonNegative, Split, UnitNorm, projections
@@ -41,6 +41,7 @@ def chained(p, u, c):
     spread=st.sampled_from([0.0, 0.5, 1.0, 6.0, 30.0]),
     seed=st.integers(0, 1000),
 )
+@example("float32", (4608, 7), 1e-3, 30.0, 2)  # subnormal entries in a vector inside
 def test_held_tight_untouched_idempotent(dtype, shape, c, spread, seed):
     """c is traced here; norms from c · 10^-spread to c · 10^spread."""
     rng = np.random.default_rng(seed)
@@ -58,7 +59,8 @@ def test_held_tight_untouched_idempotent(dtype, shape, c, spread, seed):
     assert (after <= bound).all()
     assert (after[before > bound] >= bound * (1 - TIGHT[dtype])).all() or (dtype == "float16" and c == 1e-3)
     inside = before <= bound * (1 - TIGHT[dtype])
-    np.testing.assert_array_equal(np.asarray(q)[:, finite][:, inside], x[:, finite][:, inside])
+    plain = np.asarray(jnp.asarray(x) + 0)  # in which XLA makes subnormal numbers 0
+    np.testing.assert_array_equal(np.asarray(q)[:, finite][:, inside], plain[:, finite][:, inside])
     np.testing.assert_array_equal(landed(q, jnp.zeros_like(q), c), q)
 
 

@@ -30,7 +30,7 @@ def machine(request, monkeypatch):
     """With the kernels and without, as far as numba goes: the operations of PyTorch hold the contract, too."""
     if request.param == "no-numba":
         monkeypatch.setattr(path, "stepper", lambda optimizer: None)
-        monkeypatch.setattr(path, "projector", lambda params, constraint: None)
+        monkeypatch.setattr(path, "projector", lambda params, constraint, metric: None)
 
 
 def make(shape, dtype):
