@@ -72,6 +72,14 @@ def test_long_vectors(project, dtype):
     check(project, np.asarray(w * ([1.001, 1.2, 0.9] / exact_norms(w)), NUMPY[dtype]), 1.0)
 
 
+@pytest.mark.parametrize("project", [on_numpy, on_torch, on_jax_jitted])
+def test_where_float16_is_coarse(project):
+    """Entries of some fifty subnormal steps: rounding them all towards zero would miss the bound by a per cent."""
+    w = np.random.default_rng(0).standard_normal((100_000, 3))
+    w[:, 2] **= 5
+    check(project, np.asarray(w * (1e-3 * np.asarray([1.2, 3.0, 50.0]) / exact_norms(w)), np.float16), 1e-3)
+
+
 @pytest.mark.parametrize("project", PATHS)
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_any_size(project, dtype):
