@@ -257,6 +257,13 @@ class Measures(NamedTuple):
     cosine: Array  # ⟨w, u⟩ / (‖w‖ ‖u‖), 0 where one of them is 0
 
 
+def measures(ww: Array, uu: Array, wu: Array, xp: ModuleType) -> Measures:
+    """The `Measures` of sums over products of entries, none of which over- or underflowed."""
+    w, u = xp.sqrt(ww), xp.sqrt(uu)
+    both = w * u
+    return Measures(w, u, wu / xp.where(both > 0, both, xp.ones_like(both)))
+
+
 def measure(u: Array, w: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Measures]:
     """u / r, its largest magnitude r, and the `Measures`; neither over- nor underflows."""
     (zu, ru), (zw, rw) = _scaled(u, axes, xp), _scaled(w, axes, xp)

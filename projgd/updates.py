@@ -62,6 +62,13 @@ class Update(Configured, ABC):
         u, w, shape = xp.reshape(u, vectors.shape), xp.reshape(w, vectors.shape), w.shape
         return xp.astype(xp.reshape(self.shape(u, w, lr, vectors.axes, xp), shape), u.dtype)
 
+    def numbers(self, m: Measures, lr: Scalar, xp: ModuleType) -> tuple[Array, Array]:
+        """The share of w and the multiple of u that make the shaped update; 0 and 1 where there is nothing to shape."""
+        alpha, length = self.coefficients(m, lr, xp)
+        zero, one = xp.zeros_like(m.u), xp.ones_like(m.u)
+        usable = xp.isfinite(m.w) & xp.isfinite(m.u) & (m.u > 0)
+        return xp.where(usable, alpha + zero, zero), xp.where(usable, length / xp.where(usable, m.u, one), one)
+
     def resolve(
         self,
         shape: tuple[int, ...],
@@ -204,6 +211,20 @@ class MaxUpdate(Update):
             return 0.0, length
         least = self.floor * m.w
         return 0.0, xp.where(length < least, least, length)
+
+
+def landed(share: Array, push: Array, m: Measures, radius: Scalar, band: Scalar, xp: ModuleType) -> tuple[Array, Array]:
+    """`share` and `push` with which w + share · w + push · u is on the sphere of `radius`, as `Sphere.land` has it.
+
+    In float64: what becomes of the norm follows from the three measures, and loses digits where w and u cancel.
+    """
+    keep, zero = 1 + share, xp.zeros_like(push)
+    w, u = keep * m.w, push * m.u
+    square = w * w + 2 * w * u * m.cosine + u * u
+    norm = xp.sqrt(xp.where(square > 0, square, zero))
+    off = xp.isfinite(norm) & (norm > 0) & ~(xp.abs(norm - radius) <= band)  # "not near", so that a NaN radius shows
+    scale = xp.where(off, radius / xp.where(off, norm, zero + 1), zero + 1)
+    return share * scale + (scale - 1), push * scale
 
 
 def _axis(axis: Axis) -> Axis:

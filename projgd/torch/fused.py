@@ -7,7 +7,7 @@ the addresses of gradients has changed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from projgd.constraints import Constraint, MaxNorm
+from projgd.constraints import Constraint, MaxNorm, Sphere
 from projgd.torch import metrics, path
 from projgd.torch.kernels import batch
 from projgd.torch.kernels.batch import Batch
 from projgd.torch.kernels.rules import Adam, Rule, Sgd
 from projgd.torch.optimizers import Projected
 from projgd.torch.project import project_params
-from projgd.torch.settings import constraint_of
+from projgd.torch.settings import constraint_of, vectors_of_update
+
+if TYPE_CHECKING:
+    from projgd.torch.kernels.cpu_shaped import Shaped
 
 
 @dataclass
 class Part:
     """The parameters of a group that one kernel call takes, of one dtype on one device, and what their update needs."""
 
-    batch: Batch
+    batch: Batch | Shaped
     params: list[Tensor]
     places: list[int]  # of their gradients among those of the group
     states: list[dict[str, Tensor]]
@@ -95,6 +98,8 @@ def _key(
         group.get("momentum", 0) != 0,
         group.get("amsgrad"),
         group["metric"],
+        group["update"],
+        *(() if group["update"] is None else (constraint, [id(optimizer._radius_of(p)) for p in params])),
         list(map(id, optimizer.state.values())),
         list(map(id, params)),
         [p.data_ptr() for p in params],
@@ -116,8 +121,8 @@ def _plan(
     else:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for j, (p, g) in enumerate(zip(params, grads, strict=True)):
-        known = path.of_param(p, g, constraint, _in_metric(optimizer, group))
+    for j, p in enumerate(params):
+        known = path.of_step(optimizer, group, constraint, p, _in_metric(optimizer, group))
         if known and _has_usual_state(optimizer, p, names):
             places.setdefault((p.device, p.dtype), []).append(j)
     parts = []
@@ -133,20 +138,36 @@ def _plan(
                 starts[i] = optimizer.state[p].get("momentum_buffer") is None
                 if starts[i]:
                     optimizer.state[p]["momentum_buffer"] = torch.empty_like(grads[j])
-        parts.append(_part(optimizer, constraint, mine, chosen, names, starts))
+        parts.append(_part(optimizer, _batch(optimizer, group, constraint, mine), mine, chosen, names, starts))
     covered = {id(p) for part in parts for p in part.params}
     return Plan(_key(optimizer, group, constraint, params, grads), parts, covered)
 
 
+def _batch(
+    optimizer: Projected, group: dict[str, Any], constraint: Constraint | None, params: list[Tensor]
+) -> Batch | Shaped:
+    memory = [path.memory(p) for p in params]
+    if group["update"] is None:
+        return batch.batch(
+            memory, [None if constraint is None else constraint.resolve(m[3], "out_first") for m in memory]
+        )
+    from projgd.torch.kernels.cpu_shaped import Shaped
+
+    vectors = [v for p in params if (v := vectors_of_update(group, p)) is not None]  # all of them: see `path.of_step`
+    if not isinstance(constraint, Sphere):
+        return Shaped(memory, vectors, None)
+    taken = [optimizer._radius_of(p) for p in params]
+    return Shaped(memory, vectors, [constraint.radius if r is None else r.numpy() for r in taken])
+
+
 def _part(
     optimizer: Projected,
-    constraint: Constraint | None,
+    made: Batch | Shaped,
     params: list[Tensor],
     places: list[int],
     names: list[str],
     starts: list[bool],
 ) -> Part:
-    vectors = [None if constraint is None else constraint.resolve(tuple(p.shape), "out_first") for p in params]
     states = [optimizer.state[p] for p in params] if names else []
     addresses = [[s[name].data_ptr() for s in states] for name in names]
     weights = [p.data_ptr() for p in params]
@@ -155,7 +176,7 @@ def _part(
     factors = np.zeros((len(params), 2))
     factors[:, 0] = starts
     return Part(
-        batch=batch.batch([path.memory(p) for p in params], vectors),
+        batch=made,
         params=params,
         places=places,
         states=states,
@@ -186,13 +207,17 @@ def _run(
     part.table[1] = [g.data_ptr() for g in grads]
     sgd = optimizer.inner is SGD
     rule: Rule = _sgd(group) if sgd else _adam(group)
-    c = constraint.c if isinstance(constraint, MaxNorm) else None
-    eps = group["eps"] if _in_metric(optimizer, group) else None
-    left = part.batch.run(c, part.table, rule, part.counters, part.factors, eps)
+    if isinstance(part.batch, Batch):
+        c = constraint.c if isinstance(constraint, MaxNorm) else None
+        eps = group["eps"] if _in_metric(optimizer, group) else None
+        left = [part.params[k] for k in part.batch.run(c, part.table, rule, part.counters, part.factors, eps)]
+    else:
+        part.batch.run(group["update"], part.table, rule, part.counters, part.factors)
+        left = [] if isinstance(constraint, Sphere) else part.params
     if sgd:
         part.factors.fill(0)
     metric = metrics.after_step(optimizer, optimizer.inner, group, {})
-    project_params([part.params[k] for k in left], constraint, None, metric)
+    project_params(left, constraint, None, metric)
     torch.autograd.graph.increment_version(part.params)
 
 

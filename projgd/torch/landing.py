@@ -16,7 +16,7 @@ from typing import Any, cast
 import array_api_compat.torch as xp
 import torch
 
-from projgd import projections
+from projgd import projections, updates
 from projgd.axes import Vectors
 from projgd.constraints import Constraint
 from projgd.projections import FloatType, Measures
@@ -76,17 +76,16 @@ def _land_sharded(spread: list[tuple[Plan, sharded.Part]]) -> None:
     sums = iter(sharded.shared(found, spread[0][1], "SUM"))
     for plan, part in spread:
         ww, uu, uw = next(sums), next(sums), next(sums)
-        product = (ww * uu).sqrt()
-        size = Measures(ww.sqrt(), uu.sqrt(), uw / torch.where(product > 0, product, 1.0))
-        share, factor = _numbers(plan.update, size, plan.lr)
-        scale = torch.ones_like(share)
+        size = projections.measures(ww, uu, uw, xp)
+        share, push = plan.update.numbers(size, plan.lr, xp)
         if plan.radius is not None:
-            landed = (1 + share) ** 2 * ww + 2 * (1 + share) * factor * uw + factor**2 * uu
             radius = plan.radius.reshape(-1) if isinstance(plan.radius, torch.Tensor) else plan.radius
-            scale = _to_sphere(landed.sqrt(), radius, projections.float_type(part.local), part.vectors)
+            kind, vectors = projections.float_type(part.local), part.vectors
+            band = projections.sphere_band(kind, vectors.shape, vectors.axes, radius, moved=True)
+            share, push = updates.landed(share, push, size, radius, band, xp)
         u, w = _pair(plan)
-        shaped = u * factor[part.row] + w * share[part.row]
-        part.local.copy_((w + shaped) * scale[part.row] if plan.moves else shaped)
+        shaped = u * push[part.row] + w * share[part.row]
+        part.local.copy_(w + shaped if plan.moves else shaped)
 
 
 def _pair(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +100,7 @@ def _shape(u: torch.Tensor, w: torch.Tensor, plan: Plan, axes: tuple[int, ...]) 
     size = Measures(_norms(w, axes), _norms(u, axes), torch.zeros(()))
     if not keeps_direction:
         size = size._replace(cosine=_cosine(u, w, size, axes))
-    share, factor = _numbers(plan.update, size, plan.lr)
+    share, factor = plan.update.numbers(size, plan.lr, xp)
     factor = factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype)
     if keeps_direction and plan.moves:
         torch.addcmul(w, u, factor, out=u)  # one pass over memory
@@ -111,14 +110,6 @@ def _shape(u: torch.Tensor, w: torch.Tensor, plan: Plan, axes: tuple[int, ...]) 
         u.addcmul_(w, share.to(u.dtype))
     if plan.moves:
         u.add_(w)
-
-
-def _numbers(update: Update, size: Measures, lr: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The share of w that is added to the update, and what the update is multiplied by."""
-    alpha, length = update.coefficients(size, lr, xp)
-    usable = torch.isfinite(size.w) & torch.isfinite(size.u) & (size.u > 0)
-    share = torch.where(usable, torch.as_tensor(alpha, dtype=size.u.dtype, device=size.u.device), 0.0)
-    return share, torch.where(usable, length / size.u, 1.0)
 
 
 def _to_sphere(norm: torch.Tensor, radius: Any, kind: FloatType, vectors: Vectors) -> torch.Tensor:

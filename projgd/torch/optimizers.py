@@ -131,6 +131,7 @@ class Projected(Optimizer):
                     self._eager_step(None)
                 finally:
                     self.param_groups = groups
+        self._note_moved()
         self._has_projected = True
         return loss
 
@@ -166,8 +167,7 @@ class Projected(Optimizer):
             loss = shaping.step(self.inner, self.param_groups, radii, call, closure)
         else:
             loss = call(closure)
-        if len(self._moved) < len(self._waiting):
-            self._moved |= {id(p) for p in self._waiting if p.grad is not None}
+        self._note_moved()
         self._project(radii, kept, rows)
         return loss
 
@@ -210,6 +210,10 @@ class Projected(Optimizer):
                         else:
                             radii[p] = radius
         return radii
+
+    def _note_moved(self) -> None:
+        if len(self._moved) < len(self._waiting):
+            self._moved |= {id(p) for p in self._waiting if p.grad is not None}
 
     def _store_radii(self) -> None:
         """Put them into the state of every parameter that has one, or that was stepped without getting one."""

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
 from projgd.torch import metrics
-from projgd.torch.settings import constraint_of, named
+from projgd.torch.settings import constraint_of, named, vectors_of_update
 
 if TYPE_CHECKING:
     from projgd.torch.optimizers import Projected
@@ -80,6 +80,8 @@ class Path:
 
 
 FUSED = Path("fused", "one kernel updates and projects all tensors of the group")
+ODD_GRADIENT = Path("eager", "its gradient is sparse, or not laid out in memory as the parameter is")
+SHAPED = Path("fused", "one numba kernel measures the update and then moves the weights, several tensors at a time")
 
 
 def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]] | None:
@@ -115,7 +117,7 @@ def by_parameter(optimizer: Projected) -> dict[str, Path]:
         metric = metrics.after_step(optimizer, optimizer.inner, group, {})
         after = _after_step(optimizer, constraint)
         for name, p in named(group, i).items():
-            whole = fused and of_param(p, p.grad, constraint, metric is not None)
+            whole = fused and of_step(optimizer, group, constraint, p, metric is not None)
             paths[name] = whole if whole else _alone(after, whole, p, constraint, metric)
     return paths
 
@@ -166,10 +168,15 @@ def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:
     """What the settings of a group allow."""
     if not group.get("fused"):
         return Path("eager", "fused=True was not passed for its group")
-    if constraint is not None and not (known := _of_set(constraint)):
+    if group["gradient"] is not None:
+        return Path("eager", "the kernels take the gradient as it comes")
+    if group["update"] is not None:
+        if group.get("weight_decay"):
+            return Path("eager", "with weight decay, an update that is shaped depends on the weights")
+        if group["metric"] != "euclidean":
+            return Path("eager", "the kernels shape no update that is projected in a metric of its own")
+    elif constraint is not None and not (known := _of_set(constraint)):
         return known
-    if group["update"] is not None or group["gradient"] is not None:
-        return Path("eager", "the kernels take gradient and update as they come")
     if group.get("capturable") and all(p.device.type == "cpu" for p in group["params"][:1]):
         return Path("eager", "capturable=True was passed")
     return FUSED
@@ -199,8 +206,26 @@ def of_param(
     vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first")
     found = of_memory(memory(p), vectors, in_metric)
     if found and grad is not None and not alike(grad, p):
-        return Path("eager", "its gradient is sparse, or not laid out in memory as the parameter is")
+        return ODD_GRADIENT
     return found
+
+
+def of_step(
+    optimizer: Projected, group: Mapping[str, Any], constraint: Constraint | None, p: torch.Tensor, in_metric: bool
+) -> Path:
+    """What a parameter allows in a group that allows a fused step."""
+    if group["update"] is None:
+        return of_param(p, p.grad, constraint, in_metric)
+    if (vectors := vectors_of_update(group, p)) is None:
+        return Path("eager", "its update is taken as it comes, in a group where others are shaped")
+    if getattr(constraint, "radius", None) == "initial" and optimizer._radius_of(p) is None:
+        return Path("eager", "its radius is taken at the next step")
+    found = of_memory(memory(p), vectors)
+    if found and (p.device.type != "cpu" or p.dtype != torch.float32 or not p.is_contiguous()):
+        return Path("eager", "the kernels shape updates on a CPU, of contiguous float32 tensors")
+    if found and p.grad is not None and not alike(p.grad, p):
+        return ODD_GRADIENT
+    return SHAPED if found else found
 
 
 def memory(p: torch.Tensor) -> Memory:

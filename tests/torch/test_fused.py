@@ -38,6 +38,7 @@ SHAPES = [(40, 30), (7, 4099), (5, 3, 3, 3), (64,), (1, 1), (3000, 1), (2, 70001
 AXES = [
     ((40, 30), 0),  # columns
     ((300, 70), 0),
+    ((2, 5000), 0),  # more columns than a tile has room for
     ((40000, 3), 0),  # long columns, cut into tiles
     ((20, 6, 3, 3), (0, 2, 3)),  # a transposed convolution
     ((20, 6, 3, 3), Split(0, 2, (1, 3, 4))),  # a grouped one

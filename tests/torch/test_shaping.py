@@ -6,11 +6,14 @@ import math
 import pickle
 import warnings
 
+import array_api_compat.torch as xp
 import lion_pytorch
 import numpy as np
 import pytest
 import schedulefree
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from projgd import MaxNorm, MaxUpdate, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, TangentUpdate, UnitNorm
 from projgd.torch import hyperball, project_after_step, projected
@@ -75,9 +78,12 @@ INNER = [
     (torch.optim.SGD, {"momentum": 0.9}, momentum),
     (torch.optim.Muon, {}, muon),
 ]
+FUSED = [(cls, {**settings, "fused": True, "foreach": None}, direction) for cls, settings, direction in INNER[:3]]
+FUSED += [(torch.optim.AdamW, {"betas": (0.9, 0.95), "fused": True, "maximize": True}, lambda gs: adam(-g for g in gs))]
+IDS = ["AdamH", "AdamWH", "SGDH", "MuonH", "fused AdamH", "fused AdamWH", "fused SGDH", "fused maximize"]
 
 
-@pytest.mark.parametrize(("cls", "settings", "direction"), INNER, ids=["AdamH", "AdamWH", "SGDH", "MuonH"])
+@pytest.mark.parametrize(("cls", "settings", "direction"), INNER + FUSED, ids=IDS)
 def test_hyperball_is_the_papers_formula(cls, settings, direction):
     """W ← R·Norm(W - η_t R·Norm(u)) with η_t warmed up from 0 by torch's own scheduler, 100 steps."""
     grads, p = gradients(100), start()
@@ -91,11 +97,12 @@ def test_hyperball_is_the_papers_formula(cls, settings, direction):
     assert norm(run(opt, p, grads, warmup) - w) <= 1e-6 * radius
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("axis", [None, "fan_in", Split(0, 4, (1, 2))])
-def test_each_vector_has_its_own_radius(axis):
+def test_each_vector_has_its_own_radius(axis, fused):
     grads, p = gradients(30), start()
     opt = projected(torch.optim.Adam)(
-        [p], lr=0.02, betas=(0.9, 0.95), constraint=Sphere("initial", axis), update=RelativeUpdate()
+        [p], lr=0.02, betas=(0.9, 0.95), fused=fused, constraint=Sphere("initial", axis), update=RelativeUpdate()
     )
     w = p.detach().double().numpy().copy()
     parts = {None: [np.s_[:]], "fan_in": [np.s_[i] for i in range(48)]}.get(axis if not isinstance(axis, Split) else 0)
@@ -122,7 +129,7 @@ SHAPINGS = [
 
 
 @pytest.mark.parametrize(("update", "formula"), SHAPINGS, ids=lambda c: type(c).__name__ if hasattr(c, "axis") else "")
-@pytest.mark.parametrize(("cls", "settings", "direction"), INNER[1:3], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize(("cls", "settings", "direction"), INNER[1:3] + FUSED[1:3], ids=IDS[1:3] + IDS[5:7])
 def test_a_shaping_alone_is_its_formula_over_100_steps(update, formula, cls, settings, direction):
     grads, p = gradients(100), start()
     opt = projected(cls)([p], lr=0.02, weight_decay=0.0, update=update, **settings)
@@ -242,9 +249,10 @@ def test_an_error_inside_leaves_the_weights():
     assert (p == before).all()
 
 
-def test_zero_updates_leave_every_bit_and_nothing_is_laundered():
+@pytest.mark.parametrize("fused", [None, True])
+def test_zero_updates_leave_every_bit_and_nothing_is_laundered(fused):
     p, q = start(1), start(2)
-    opt = hyperball(torch.optim.SGD)([p, q], lr=0.1)
+    opt = hyperball(torch.optim.SGD)([p, q], lr=0.1, fused=fused)
     p.grad, q.grad = torch.zeros(SHAPE), torch.ones(SHAPE)
     before, other = p.detach().clone(), q.detach().clone()
     opt.step()
@@ -313,14 +321,23 @@ def test_a_checkpoint_before_the_first_step_loads():
     assert (run(opt, p, gradients(3)) == run(other, q, gradients(3))).all()
 
 
-def test_a_stock_checkpoint_keeps_the_radii():
-    p, q = start(), start()
-    stock = torch.optim.Adam([q], lr=0.05)
-    run(stock, q, gradients(3))
-    opt = hyperball(torch.optim.Adam)([p], lr=0.05)
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_stock_checkpoint_keeps_the_radii(fused):
+    """The state goes on in the stock optimizer too, bit for bit: shaping changes the weights alone."""
+    grads, p, q = gradients(9), start(), start()
+    stock = torch.optim.Adam([q], lr=0.05, fused=fused)
+    run(stock, q, grads[:3])
+    opt = hyperball(torch.optim.Adam)([p], lr=0.05, fused=fused)
     radius = norm(p.detach().double())
     opt.load_state_dict(stock.state_dict())
-    assert norm(run(opt, p, gradients(3))) == pytest.approx(radius, rel=1e-6)
+    assert norm(run(opt, p, grads[3:6])) == pytest.approx(radius, rel=1e-6)
+    run(stock, q, grads[3:6])
+    for k, kept in stock.state[q].items():
+        assert torch.equal(opt.state[p][k], kept)
+    stock.load_state_dict(opt.state_dict())
+    run(stock, q, grads[6:])
+    run(opt, p, grads[6:])
+    assert torch.equal(stock.state[q]["exp_avg_sq"], opt.state[p]["exp_avg_sq"])
 
 
 def test_tensor_learning_rates_and_compiled_layouts():
@@ -333,11 +350,12 @@ def test_tensor_learning_rates_and_compiled_layouts():
     assert torch.allclose(p.T, q, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("size", [1e25, 1e-25])
-def test_extremes(size):
+def test_extremes(size, fused):
     p = torch.nn.Parameter(start().detach() * size)
     w, g = p.detach().double().numpy(), gradients(1)[0]
-    opt = hyperball(torch.optim.SGD)([p], lr=0.1)
+    opt = hyperball(torch.optim.SGD)([p], lr=0.1, fused=fused)
     wanted = w - 0.1 * norm(w) * g.double().numpy() / norm(g.double())
     wanted *= norm(w) / norm(wanted)
     assert norm(run(opt, p, [g]) - wanted) <= 1e-6 * norm(w)
@@ -402,8 +420,8 @@ def test_the_norm_is_held_over_100000_steps():
     """bfloat16 and float32; beside them, the drift where the radius is read from the weights at every step."""
     steps, shape = 100_000, (16, 8)
     grads = gradients(64, shape)
-    params = [start(shape=shape), start(shape=shape, dtype=torch.bfloat16)]
-    opt = hyperball(torch.optim.SGD)(params, lr=0.03)
+    params = [start(shape=shape), start(shape=shape, dtype=torch.bfloat16), start(shape=shape)]
+    opt = hyperball(torch.optim.SGD)([{"params": params[:2]}, {"params": params[2:], "fused": True}], lr=0.03)
     radii = [norm(p.detach().double()) for p in params]
     w = params[1].detach().clone()
     for t in range(steps):
@@ -416,10 +434,80 @@ def test_the_norm_is_held_over_100000_steps():
             w = r * (v / v.norm())
     off = [norm(p.detach().double()) / r - 1 for p, r in zip(params, radii, strict=True)]
     drift = norm(w.double()) / radii[1] - 1
-    print(f"held to {off[0]:.1e} in float32, {off[1]:.1e} in bfloat16; radius read again: {drift:.1e} in {steps // 10}")
-    assert abs(off[0]) <= 1e-6
+    print(f"held to {off[0]:.1e} in float32, fused {off[2]:.1e}, {off[1]:.1e} in bfloat16;", end=" ")
+    print(f"radius read again: {drift:.1e} in {steps // 10}")
+    assert max(abs(off[0]), abs(off[2])) <= 1e-6
     assert abs(off[1]) <= 1e-2
     assert abs(drift) > 2 * abs(off[1])
+
+
+def reference(p, u, update, constraint, lr):
+    """w + shape(u) on the sphere, all in float64 by the core, which knows no kernel."""
+    w = p.detach().double()
+    vectors = constraint.resolve(tuple(p.shape), "out_first")
+    w, u = w.reshape(vectors.shape), u.double().reshape(vectors.shape)
+    moved = w + update.shape(u, w, lr, vectors.axes, xp)
+    return (moved if isinstance(constraint, MaxNorm) else constraint.onto(moved, vectors.axes)).reshape(p.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(
+        st.one_of(
+            st.tuples(st.integers(9, 40), st.integers(9, 50)),
+            st.tuples(st.integers(9, 12), st.integers(9, 12), st.integers(1, 4), st.integers(1, 4)),
+            st.sampled_from([(2, 4099), (3, 2048), (700, 300), (40000, 3), (1100, 1000)]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    axis=st.sampled_from([None, "fan_in", 0, 1]),
+    update=st.sampled_from([RelativeUpdate(), RadialBrake(0.5, 0.8), TangentUpdate(), MaxUpdate(0.03, floor=0.01)]),
+    cls=st.sampled_from(
+        [
+            (torch.optim.Adam, {}),
+            (torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.0}),
+            (torch.optim.SGD, {}),
+            (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "maximize": True}),
+        ]
+    ),
+    radius=st.sampled_from(["initial", 3.0, None]),
+    size=st.sampled_from([1.0, 1e-12, 1e12]),
+    threads=st.sampled_from([1, 2]),
+)
+def test_the_kernel_is_the_reference(shapes, axis, update, cls, radius, size, threads):
+    pytest.importorskip("numba")
+    constraint = (
+        MaxNorm(1e30, axis) if radius is None else Sphere(radius if radius == "initial" else radius * size, axis)
+    )
+    params = [torch.nn.Parameter(start(i, shape).detach() * size) for i, shape in enumerate(shapes)]
+    zeros = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    lr = 0.02 if isinstance(update, RelativeUpdate) or cls[0] is torch.optim.SGD else 0.02 * size
+    opt = projected(cls[0])(params, lr=lr, fused=True, constraint=constraint, update=update, **cls[1])
+    stock = cls[0](zeros, lr=lr, **cls[1])
+    goals = [constraint.bind(norms(p, constraint)) if radius == "initial" else constraint for p in params]
+    assert {way.name for way in opt.projection_path().values()} == {"fused"}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for t in range(2):
+            for i, (p, zero) in enumerate(zip(params, zeros, strict=True)):
+                p.grad = zero.grad = gradients(1, p.shape, 100 + 10 * t + i)[0] * size
+                zero.data.zero_()
+            stock.step()
+            wanted = [
+                reference(p, z.detach(), update, goal, lr) for p, z, goal in zip(params, zeros, goals, strict=True)
+            ]
+            opt.step()
+            for p, w in zip(params, wanted, strict=True):
+                assert (p.detach().double() - w).norm() <= 1e-6 * w.norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+def norms(p, constraint):
+    vectors = constraint.resolve(tuple(p.shape), "out_first")
+    return p.detach().double().reshape(vectors.shape).square().sum(vectors.axes, keepdim=True).sqrt()
 
 
 class Interrupted(TangentUpdate):

@@ -23,6 +23,7 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload, register_jitable
 
+from projgd.torch.kernels.plan import WIDEST
 from projgd.torch.kernels.rules import Adam, Sgd
 
 BLOCK = 2048
@@ -31,7 +32,6 @@ SHORT = 256  # vectors of fewer entries are not worth a call each: their squares
 SOME = 256  # entries of a vector that the first guess at its multiplier looks at
 STEPS = 30
 LIGHTEST, HEAVIEST = 2.0**-50, 2.0**50  # D in which no power that is summed here over- or underflows
-MAX_WIDTH = 2048  # vectors in a tile
 TENSOR, K0, R0_FROM, R0_TO, K1_FROM, K1_TO, R1_FROM, R1_TO, FIRST, COUNT, PLACE = range(11)  # the columns of `tiles`
 
 _COUNTER = np.empty(0, np.float32)  # the dtype of torch's step counts
@@ -61,14 +61,19 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def _plus_square(typing: Any, total: Any, x: Any) -> Any:
-    """total + x², which a compiler may add up in any order: so it takes several at once."""
+def _plus_product(typing: Any, total: Any, x: Any, y: Any) -> Any:
+    """total + x · y, which a compiler may add up in any order: so it takes several at once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         flags = ("reassoc", "contract")
-        return builder.fadd(args[0], builder.fmul(args[1], args[1], flags=flags), flags=flags)
+        return builder.fadd(args[0], builder.fmul(args[1], args[2], flags=flags), flags=flags)
 
-    return types.float64(types.float64, types.float64), codegen
+    return types.float64(types.float64, types.float64, types.float64), codegen
+
+
+@register_jitable
+def _plus_square(total: float, x: float) -> Any:
+    return _plus_product(total, x, x)
 
 
 @intrinsic
@@ -268,6 +273,75 @@ def _measures_of(h: Any) -> Any:
 def _update_of(h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any) -> Any:
     rule: Any = {Sgd: _sgd, Adam: _adam}.get(getattr(h, "instance_class", type(None)), _squares)
     return lambda h, table, k, start, size, factors, like: rule(h, table, k, start, size, factors, like)
+
+
+@_exact
+def _sgd_again(h: Any, table: Any, k: int, start: int, u: Any, factors: Any, like: Any) -> None:
+    """What `_sgd` without weight decay has added to the weights."""
+    g, m = _view(table[1, k], start, u.size, like), _view(table[2, k], start, u.size, like)
+    lr, momentum, sign = _as(g, h.lr), _as(g, h.momentum), _as(g, h.sign)
+    nesterov = h.nesterov != 0
+    for i in range(u.size):
+        d = sign * _load(g, i)
+        if momentum != 0:
+            d = _fma(momentum, _load(m, i), d) if nesterov else _load(m, i)
+        u[i] = -lr * d
+
+
+@_exact
+def _adam_again(h: Any, table: Any, k: int, start: int, u: Any, factors: Any, like: Any) -> None:
+    """What `_adam` without weight decay has added to the weights."""
+    m, v = _view(table[2, k], start, u.size, like), _view(table[4, k], start, u.size, like)
+    rate, root, eps = _as(m, -factors[k, 0]), _as(m, factors[k, 1]), _as(m, h.eps)
+    for i in range(u.size):
+        u[i] = rate * _load(m, i) / (np.sqrt(_load(v, i)) / root + eps)
+
+
+def _again(h: Any, table: Any, k: int, start: int, u: Any, factors: Any, like: Any) -> None:
+    """u becomes what the update of a run of memory has added, without weight decay, read off the states."""
+
+
+@overload(_again, strict=False)
+def _again_of(h: Any, table: Any, k: Any, start: Any, u: Any, factors: Any, like: Any) -> Any:
+    rule: Any = {Sgd: _sgd_again, Adam: _adam_again}[h.instance_class]
+    return lambda h, table, k, start, u, factors, like: rule(h, table, k, start, u, factors, like)
+
+
+@_exact
+def _products(w: Any, u: Any) -> Any:
+    """Σw², Σu² and Σwu."""
+    ww = uu = wu = 0.0
+    for i in range(w.size):
+        x, y = np.float64(w[i]), np.float64(u[i])
+        ww, uu, wu = _plus_product(ww, x, x), _plus_product(uu, y, y), _plus_product(wu, x, y)
+    return ww, uu, wu
+
+
+@_exact
+def _measure(w: Any, u: Any, run: int, sums: Any) -> None:
+    """Add the `_products` of every `run` entries to a row of `sums`."""
+    for j in range(w.size // run):
+        ww, uu, wu = _products(w[j * run : (j + 1) * run], u[j * run : (j + 1) * run])
+        sums[j, 0] += ww
+        sums[j, 1] += uu
+        sums[j, 2] += wu
+
+
+@_exact
+def _mix(w: Any, u: Any, keep: Any, share: Any, push: Any) -> None:
+    for i in range(w.size):
+        w[i] = _fma(keep, w[i], _fma(share, w[i], push * u[i]))
+
+
+@_exact
+def _move(w: Any, u: Any, run: int, weights: Any) -> None:
+    """w + share · w + push · u with weights for every `run` entries; not w + share · w where that cancels."""
+    for j in range(w.size // run):
+        share, keep = weights[j, 0], 1.0
+        if not abs(share) < 0.5:
+            share, keep = share + 1.0, 0.0
+        part = slice(j * run, (j + 1) * run)
+        _mix(w[part], u[part], _as(w, keep), _as(w, share), _as(w, weights[j, 1]))
 
 
 @_exact
@@ -474,8 +548,8 @@ def step(
         for k in range(len(layouts)):
             longest = max(longest, layouts[k, 3])
     for t in prange(len(ranges) - 1):
-        sums = np.zeros(MAX_WIDTH)
-        rooms = np.ones(MAX_WIDTH), np.empty(longest, np.float32), np.empty(longest, np.float32)
+        sums = np.zeros(WIDEST)
+        rooms = np.ones(WIDEST), np.empty(longest, np.float32), np.empty(longest, np.float32)
         for i in range(ranges[t], ranges[t + 1]):
             tile = tiles[i]
             k = tile[TENSOR]
@@ -508,8 +582,8 @@ def step(
                 left[tile[PLACE] : tile[PLACE] + width] = sums[:width]
     if left.size:
         for t in prange(len(ranges) - 1):
-            sums = np.zeros(MAX_WIDTH)
-            rooms = np.ones(MAX_WIDTH), np.empty(longest, np.float32), np.empty(longest, np.float32)
+            sums = np.zeros(WIDEST)
+            rooms = np.ones(WIDEST), np.empty(longest, np.float32), np.empty(longest, np.float32)
             for i in range(ranges[t], ranges[t + 1]):
                 tile = tiles[i]
                 k = tile[TENSOR]
@@ -532,4 +606,58 @@ def _compiled(function: Any) -> Any:
         return jit()(function)
 
 
+def shape(
+    h: Any,
+    move: bool,
+    like: Any,
+    table: Any,
+    counters: Any,
+    factors: Any,
+    layouts: Any,
+    tiles: Any,
+    ranges: Any,
+    places: Any,
+    sums: Any,
+    weights: Any,
+) -> None:
+    """One half of an optimizer step whose update is shaped: measure, then move.
+
+    Args:
+        h, like, table, counters, factors, layouts, tiles, ranges: as in `step`. No weight decay.
+        move: False takes the update u from zero, leaving the states as after the step and the parameters as they are,
+            and measures; True takes u from these states.
+        places: int64 (tiles, 2): where the sums of a tile begin, and the first of its vectors.
+        sums: float64 (places, 3): written are Σw², Σu² and Σwu of the part of every vector that lies in a tile.
+        weights: float64 (vectors, 2): added to w is the first times w and the second times u.
+    """
+    _begin(h, counters, factors)
+    for t in prange(len(ranges) - 1):
+        own, room = table.copy(), np.empty(BLOCK, like.dtype)
+        for step in range(ranges[t + 1] - ranges[t]):
+            i = ranges[t + 1] - 1 - step if move else ranges[t] + step  # what was read last is in cache
+            tile = tiles[i]
+            k, place, vector = tile[TENSOR], places[i, 0], places[i, 1]
+            layout = layouts[k]
+            width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
+            chunk = max(run, BLOCK // run * run)
+            if not move:
+                sums[place : place + width] = 0.0
+            for r in range(tile[R0_FROM], tile[R0_TO]):
+                start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
+                for a in range(0, width * run, chunk):
+                    end = min(a + chunk, width * run)
+                    for b in range(a, end, BLOCK):
+                        u = room[: min(BLOCK, end - b)]
+                        w = _view(table[0, k], start + b, u.size, like)
+                        if move:
+                            _again(h, table, k, start + b, u, factors, like)
+                            _move(w, u, min(run, u.size), weights[vector + a // run :])
+                        else:
+                            u[:] = 0
+                            own[0, k] = np.int64(room.ctypes.data) - (start + b) * like.itemsize
+                            _update(h, own, k, start + b, u.size, factors, like)
+                            _measure(w, u, min(run, u.size), sums[place + a // run :])
+
+
 run = _compiled(step)
+run_shaped = _compiled(shape)

@@ -33,7 +33,7 @@ LIKE = {
 SHARE = 1 << 17  # entries that are worth another thread
 MOST_THREADS: int = cast("Any", numba.config).NUMBA_NUM_THREADS
 _launch = threading.Lock()  # a batch has one room for sums, and numba's simplest thread pool cannot be entered twice
-_ready: set[tuple[torch.dtype, type, bool]] = set()
+_ready: set[tuple[Any, tuple[Any, ...]]] = set()  # kernels that are compiled, and for what
 
 
 class Batch(batch.Batch):
@@ -57,32 +57,38 @@ class Batch(batch.Batch):
         eps: float | None = None,
     ) -> list[int]:
         """See `batch.Batch.run` and `cpu.step`. Left are tensors in which something over- or underflowed."""
-        threads = min(torch.get_num_threads(), MOST_THREADS, 1 + self._entries // SHARE)
-        before = numba.get_num_threads()
-        with _launch:
+        threads = threads_for(self._entries)
+        with launching(threads, cpu.run, (self.dtype, type(rule), eps is None)):
             self.limit(c)
             if threads not in self._ranges:
                 self._ranges[threads] = plan.ranges(self._tiles, threads)
             operands = rule, eps, LIKE[self.dtype], table, counters, factors
-            variant = self.dtype, type(rule), eps is None
-            walk = self._sizes, self._tiles, self._ranges[threads], self.limits, self._left
-            if threads != before:
-                numba.set_num_threads(threads)
-            try:
-                if variant in _ready:
-                    cpu.run(*operands, *walk)
-                else:
-                    with _alone():
-                        cpu.run(*operands, *walk)
-                    _ready.add(variant)
-            finally:
-                if threads != before:
-                    numba.set_num_threads(before)
+            cpu.run(*operands, self._sizes, self._tiles, self._ranges[threads], self.limits, self._left)
             if self.dtype != torch.float64 and eps is None:
                 return []
             left: list[int] = np.flatnonzero(self.limits[:, 2]).tolist()
             self.limits[:, 2] = 0
             return left
+
+
+def threads_for(entries: int) -> int:
+    """How many threads so many entries are worth, of those that torch may use."""
+    return min(torch.get_num_threads(), MOST_THREADS, 1 + entries // SHARE)
+
+
+@contextlib.contextmanager
+def launching(threads: int, kernel: Any, variant: tuple[Any, ...]) -> Iterator[None]:
+    """Alone in this process, on so many threads; alone on this machine where the kernel may have to be compiled."""
+    before = numba.get_num_threads()
+    with _launch, contextlib.nullcontext() if (kernel, variant) in _ready else _alone():
+        if threads != before:
+            numba.set_num_threads(threads)
+        try:
+            yield
+            _ready.add((kernel, variant))
+        finally:
+            if threads != before:
+                numba.set_num_threads(before)
 
 
 @contextlib.contextmanager

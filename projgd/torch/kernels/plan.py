@@ -15,6 +15,7 @@ Cut = Callable[[Layout, bool], tuple[int, int, int]]  # how much of R0, K1, R1 m
 
 TILE = 1 << 14  # entries updated before their norms are taken: with gradient and states they fit the second-level cache
 LONG = 1 << 15  # a vector longer than this is cut, so that threads can share it
+WIDEST = 2048  # vectors side by side in one tile, at most: what a kernel has room for
 LINES = 64  # columns side by side in one tile, at least: whole cache lines
 
 
@@ -49,8 +50,8 @@ def for_cores(layout: Layout, free: bool) -> tuple[int, int, int]:
     _, r0, k1, r1 = layout
     run = min(r1, TILE if free else LONG)
     # About `TILE` entries, but for a strided axis whole cache lines.
-    side = min(2048, max(1, TILE // r1)) if r0 == 1 else min(TILE, max(1, LINES // r1, TILE * 16 // (r0 * r1)))
-    width = min(k1, side) if run == r1 else 1
+    side = TILE // r1 if r0 == 1 else max(LINES // r1, TILE * 16 // (r0 * r1))
+    width = min(k1, max(1, min(side, WIDEST))) if run == r1 else 1
     return max(1, min(r0, LONG // (width * run), 2048)), width, run
 
 
