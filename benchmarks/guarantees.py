@@ -19,6 +19,7 @@ import torch
 from benchmarks import record
 from benchmarks.timing import interleaved, ratio, summary
 from projgd import MaxNorm
+from projgd.optax import project
 from projgd.torch.project import project_params
 
 SHAPES = ((64, 64), (512, 512), (1024, 1024), (2048, 4096), (64, 262144))
@@ -47,7 +48,7 @@ def in_torch(start: np.ndarray) -> tuple[Mapping[str, Callable[[], object]], Cal
 def in_jax(start: np.ndarray) -> tuple[Mapping[str, Callable[[], object]], Callable[[], object]]:
     w = jnp.asarray(start)
     plain = jax.jit(lambda w: w * jnp.minimum(1.0, C / jnp.linalg.norm(w, axis=1, keepdims=True)))
-    ours = jax.jit(SET.project)
+    ours = jax.jit(lambda w: project(w, SET))
     steps = {"plain": lambda: plain(w).block_until_ready(), "projgd": lambda: ours(w).block_until_ready()}
     return steps, lambda: None
 

@@ -27,6 +27,9 @@ from array_api_compat import array_namespace, is_jax_namespace
 
 Array = Any
 Scalar = Any  # a Python float, or a 0-d array (traced, in JAX)
+Total = Callable[[Array], Array]
+Seldom = Callable[..., Any]
+"""seldom(flag, careful, usual, *arrays): careful(*arrays), or where the flag is false usual(*arrays), the same then."""
 
 BLOCK = 8
 FIRST = 16  # a larger first block has less to write
@@ -79,9 +82,8 @@ def project_ball(x: Array, c: Scalar, axes: tuple[int, ...], xp: ModuleType | No
     kind = float_type(x)
     limits = ball_limits(kind, x.shape, axes, c, xp)
     if is_jax_namespace(xp) and squares_fit(kind, c) and not limits.fill:
-        outside, z, z_norm = _beyond_in_jax(x, limits.threshold, axes, xp)
-    else:
-        outside, z, _, z_norm = beyond(x, limits.threshold, axes, xp)
+        return ball_in_jax(x, limits, partial(tree_sum, axes=axes, xp=xp))
+    outside, z, _, z_norm = beyond(x, limits.threshold, axes, xp)
     y = z * (limits.target / xp.where(outside, z_norm, xp.ones_like(z_norm)))
     stored = _fill(y, limits.inner, limits.target, axes, xp, x.dtype) if limits.fill else xp.astype(y, x.dtype)
     return xp.where(outside, stored, x)
@@ -158,44 +160,53 @@ def squares_fit(kind: FloatType, c: Scalar) -> bool:
     return isinstance(c, (int, float)) and 2.0**-reach <= c <= 2.0**reach
 
 
-def shrunk(total: Callable[[Array], Array], x: Array, square: Array, xp: ModuleType) -> tuple[Array, Array]:
-    """By vector: 2^-FAR where `square`, the sum of squares of x, overflows, else 1; and that sum for x times as large.
+def ball_by_squares(
+    x: Array, limits: BallLimits, total: Total, xp: ModuleType, seldom: Seldom, first: bool
+) -> tuple[Array, Array]:
+    """`project_ball` in the form that XLA makes fast, and what each vector was multiplied by.
+
+    One plain sum of squares serves every norm that does not overflow when it is squared. The vectors whose squares do
+    overflow are projected on their own, in a branch: `first`, before the others are scaled, or after.
 
     `total` sums an array over the axes that make a vector.
     """
-    far = xp.full_like(square, 2.0 ** -FAR[str(square.dtype)])
-    z = xp.astype(x, square.dtype) * far
-    smaller = total(z * z)
-    huge = xp.isinf(square) & xp.isfinite(smaller)
-    return xp.where(huge, far, xp.ones_like(far)), xp.where(huge, smaller, square)
+    compute = getattr(xp, float_type(x).compute)
+
+    def nearer(x: Array, square: Array) -> tuple[Array, Array]:
+        far, w = 2.0 ** -FAR[float_type(x).compute], xp.astype(x, compute)
+        smaller = total((w * far) * (w * far))
+        huge = xp.isinf(square) & xp.isfinite(smaller)
+        factor = limits.target / _root(xp.where(huge, smaller, xp.ones_like(square)), xp)
+        # Chosen, for XLA to keep two products: of two known numbers it makes one, which can be subnormal.
+        scale = xp.where(huge, xp.full_like(square, far), xp.ones_like(square))
+        return xp.where(huge, xp.astype(w * scale * factor, x.dtype), x), xp.where(huge, xp.zeros_like(square), square)
+
+    w = xp.astype(x, compute)
+    square = total(w * w)
+    flag = xp.any(xp.isinf(square))
+    if first:
+        x, square = seldom(flag, nearer, lambda *same: same, x, square)
+    norm = _root(square, xp)
+    outside = xp.isfinite(square) & ~(norm <= limits.threshold)  # "not inside", so that a NaN c shows
+    # A division last: what is cheaper XLA moves into the product, where it is computed again for every entry.
+    factor = xp.where(outside, limits.target, xp.ones_like(norm)) / xp.where(outside, norm, xp.ones_like(norm))
+    y = xp.where(factor == 1, x, xp.astype(xp.astype(x, compute) * factor, x.dtype))
+    if not first:
+        y, _ = seldom(flag, nearer, lambda *same: same, y, square)
+    return y, factor
 
 
-def _always(flag: Array, careful: Callable[..., Any], usual: Callable[..., Any], *arrays: Array) -> Any:
+def always(flag: Array, careful: Callable[..., Any], usual: Callable[..., Any], *arrays: Array) -> Any:
+    """A `Seldom` without a branch."""
     return careful(*arrays)
 
 
-seldom: Callable[..., Any] = _always
-"""`careful(*arrays)`, or where the flag is false `usual(*arrays)`, which is the same then.
-
-The core knows no branch of a JAX program: `projgd.optax` puts one here.
-"""
+def _ball_in_jax(x: Array, limits: BallLimits, total: Total) -> Array:
+    return ball_by_squares(x, limits, total, array_namespace(x), always, first=True)[0]
 
 
-def _beyond_in_jax(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Array]:
-    """`beyond`, with a power of 2 for r; its sum of squares overflows seldom, and is taken a second time only then."""
-    compute = getattr(xp, float_type(x).compute)
-    total = partial(tree_sum, axes=axes, xp=xp)
-    w = xp.astype(x, compute)
-    square = total(w * w)
-    scale, fine = seldom(
-        xp.any(xp.isinf(square)),
-        lambda x, square: shrunk(total, x, square, xp),
-        lambda x, square: (xp.ones_like(square), square),
-        x,
-        square,
-    )
-    z_norm = _root(fine, xp)
-    return xp.isfinite(fine) & ~(z_norm <= threshold * scale), w * scale, z_norm
+ball_in_jax: Callable[[Array, BallLimits, Total], Array] = _ball_in_jax
+"""The ball for an array of JAX. The core knows no branch of a JAX program: `projgd.optax` puts a ball with one here."""
 
 
 def off_sphere(

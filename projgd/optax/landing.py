@@ -1,9 +1,10 @@
-"""The projection of weights that a step has just moved, in the form that XLA does in place.
+"""The projection of weights that a step has just moved, in the forms that XLA does with little memory.
 
 XLA writes a ball's projection into the donated weights if the array keeps its shape (a reshape in the last product
-makes XLA copy) and is multiplied by 1 rather than selected where it stays. One sum of squares serves every norm below
-2^64; a vector whose squares overflow is first made 2^76 times smaller, on a CPU behind a branch that is hardly ever
-taken. The branch stands before the product, for XLA runs what is in a branch on one core.
+makes XLA copy). The vectors whose squares overflow have a branch of their own on a CPU, where a pass over the weights
+that is left out is time won; elsewhere it would make the device wait for the host, and XLA takes both sums in one pass.
+Nothing else is in the branch, for XLA runs what is there on one core. It comes last, so that weights that are not
+donated need no copy to go through it; in a chain first, for what goes through it XLA holds once and makes only once.
 
 The guard is `projgd.projections.ball_limits`: the same threshold and target as the reference. Its proof needs a norm
 that errs by at most `projections.guard`. XLA adds in an order of its own (it merges the reference's blocks too);
@@ -12,7 +13,7 @@ measured on a CPU a norm errs by less than 5 units for up to 1,000,000 entries, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,14 @@ from projgd.constraints import MaxNorm
 from projgd.optax.placement import Placed
 
 finfo: Any = jnp.finfo  # has no types
+LARGE = 2**20  # bytes of weights that are worth waiting for
 
 
-def land(x: jax.Array, asked: Placed) -> jax.Array:
-    """`x` in its set, as `Constraint.project`, but that subnormal numbers may become 0, as in XLA's sums."""
+def land(x: jax.Array, asked: Placed, first: bool = False) -> tuple[jax.Array, jax.Array | None]:
+    """`x` in its set, as `Constraint.project`, but that subnormal numbers may become 0, as in XLA's sums.
+
+    And what the vectors were multiplied by, where this is a ball's fast form; its branch is `first` or last.
+    """
     vectors = asked.vectors
     if type(asked.constraint) is MaxNorm and vectors.shape == x.shape and x.size:
         kind = projections.float_type(x)
@@ -39,46 +44,61 @@ def land(x: jax.Array, asked: Placed) -> jax.Array:
         if traced or projections.squares_fit(kind, c):
             limits = projections.ball_limits(kind, _whole(asked), vectors.axes, c, jnp)
             if not limits.fill:
-                return _into_ball(x, limits, asked)
+                return _into_ball(x, limits, partial(_total, asked), first)
     if asked.over:
         raise ValueError(
             f"{asked.name}: {asked.constraint} in {x.dtype} cannot be split over devices in a shard_map: its squares "
             "over- or underflow. With jit and NamedSharding it can, without split_over"
         )
     landed: jax.Array = asked.constraint.land(x.reshape(vectors.shape), vectors.axes, jnp)
-    return landed.reshape(x.shape)
+    return landed.reshape(x.shape), None
 
 
-def _seldom(flag: jax.Array, careful: Callable[..., Any], usual: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`projections.seldom`, as a branch where that pays.
+@dataclass
+class Turns:
+    """`land` for one leaf of a tree after the other: so XLA need not hold all their landing points at once.
 
-    Only where it is compiled for a CPU, where a pass over the weights that is left out is time won: it would make a GPU
-    wait for the host, and there XLA takes both sums in one pass.
+    Left alone, its scheduler on a CPU makes all of them before it uses the first: a second copy of the weights, in
+    fresh memory. A landing point that might depend on the factors of the leaf before cannot be made early. (What it
+    would depend on, a negative sum of factors, does not occur; a barrier is dropped before XLA schedules.)
     """
-    if not isinstance(flag, jax.core.Tracer):  # compiling a branch for every call would take longer
-        return careful(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=partial(jax.lax.cond, flag, careful, usual), default=careful)
+
+    factor: jax.Array | None = None
+
+    def land(self, x: jax.Array, asked: Placed) -> jax.Array:
+        large = isinstance(x, jax.core.Tracer) and x.size * x.dtype.itemsize >= LARGE
+        if large and self.factor is not None and _varies(self.factor) <= _varies(x):
+            wait = lambda x, factor: jnp.where(jnp.sum(factor) < 0, 0, x)  # noqa: E731
+            x = jax.lax.platform_dependent(x, self.factor, cpu=wait, default=lambda x, factor: x)
+        landed, factor = land(x, asked, first=True)
+        if large and factor is not None:
+            self.factor = factor
+        return landed
 
 
-projections.seldom = _seldom
+def _varies(x: jax.Array) -> frozenset[str]:
+    """The mesh axes of a shard_map that `x` depends on."""
+    return getattr(jax.typeof(x), "vma", frozenset())
 
 
-def _into_ball(x: jax.Array, limits: projections.BallLimits, asked: Placed) -> jax.Array:
-    def total(squares: jax.Array) -> jax.Array:
-        within = jnp.sum(squares, axis=asked.vectors.axes, keepdims=True)
-        return jax.lax.psum(within, asked.over) if asked.over else within  # type: ignore[no-untyped-call]
+def _into_ball(
+    x: jax.Array, limits: projections.BallLimits, total: projections.Total, first: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    ball = partial(projections.ball_by_squares, limits=limits, total=total, xp=jnp)
+    careful = partial(ball, seldom=projections.always, first=True)
+    if not isinstance(x, jax.core.Tracer):  # compiling a branch for every call would take longer
+        return careful(x)
+    branching = partial(ball, seldom=jax.lax.cond, first=first)
+    projected: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(x, cpu=branching, default=careful)
+    return projected
 
-    def nearer(x: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale, fine = projections.shrunk(total, x, square, jnp)
-        return x * scale.astype(x.dtype), fine
 
-    compute = projections.float_type(x).compute
-    square = total(x.astype(compute) * x.astype(compute))
-    x, fine = _seldom(jnp.any(jnp.isinf(square)), nearer, lambda *same: same, x, square)
-    norm = jnp.sqrt(jnp.maximum(fine, finfo(compute).tiny))  # at 0 the root has no derivative
-    outside = jnp.isfinite(fine) & (jnp.isinf(square) | ~(norm <= limits.threshold))  # "not inside": a NaN c shows
-    factor = jnp.where(outside, limits.target / jnp.where(outside, norm, 1.0), 1.0).astype(compute)
-    return jnp.asarray(x.astype(compute) * factor, x.dtype)
+projections.ball_in_jax = lambda *args: _into_ball(*args)[0]
+
+
+def _total(asked: Placed, x: jax.Array) -> jax.Array:
+    within = jnp.sum(x, axis=asked.vectors.axes, keepdims=True)
+    return jax.lax.psum(within, asked.over) if asked.over else within  # type: ignore[no-untyped-call]
 
 
 def _whole(asked: Placed) -> tuple[int, ...]:

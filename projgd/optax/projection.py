@@ -13,7 +13,7 @@ import optax
 
 from projgd.axes import Axis, Split
 from projgd.constraints import MaxNorm, positive
-from projgd.optax.landing import add, as_stored, land, rounded
+from projgd.optax.landing import Turns, add, as_stored, land, rounded
 from projgd.optax.layouts import absent
 from projgd.optax.placement import Constraints, Placed, SplitOver, check, place
 
@@ -101,7 +101,7 @@ def projection(
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
         placed = bound(place(at(state.count), params, split_over), params, state)
-        projected = zip_leaves(_project_update, updates, params, placed)
+        projected = zip_leaves(partial(_project_update, Turns()), updates, params, placed)
         return projected, ProjectionState(optax.safe_increment(state.count), state.initial)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -135,7 +135,11 @@ def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over
     moved = jax.tree.map(lambda p, u: p if absent(p) or absent(u) else add(p, u), params, updates, is_leaf=absent)
     still = [absent(u) for u in jax.tree.leaves(updates, is_leaf=absent)]
     placed = place(constraint, params, split_over)
-    return _land_all(moved, [None if s else asked for s, asked in zip(still, placed, strict=True)], land)
+    return _land_all(moved, [None if s else asked for s, asked in zip(still, placed, strict=True)], _onto)
+
+
+def _onto(q: jax.Array, asked: Placed) -> jax.Array:
+    return land(q, asked)[0]
 
 
 def project(params: Any, constraint: Constraints) -> Any:
@@ -213,26 +217,26 @@ def _is_axis(axis: Any) -> bool:
     return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
 
 
-def _project_update(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
+def _project_update(turns: Turns, u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
-    return _difference(rounded(land(add(p, as_stored(u)), asked)), p, jnp.promote_types(u.dtype, p.dtype))
+    return _difference(rounded(turns.land(add(p, as_stored(u)), asked)), p, jnp.promote_types(u.dtype, p.dtype))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
     """d with |p + d| ≤ |q| entry by entry, and p + d = q wherever some d of `dtype` gives that.
 
-    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough, or d = -p, which ends at
-    0. Made of q and p alone, for XLA to hold no other copy.
+    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough. Made of q and p alone, for
+    XLA to hold no other copy.
     """
     d = jnp.where(q == p, 0, q.astype(dtype) - p.astype(dtype))  # inf stays
     d = rounded(jnp.where(p == 0, q.astype(dtype), d))  # and so does -0
     reached = add(p, d)
+    too_far = jnp.abs(reached) > jnp.abs(q)
     bits = jax.lax.bitcast_convert_type(d, f"int{8 * d.dtype.itemsize}")
-    away = jnp.where((d < 0) == (reached < 0), 1, -1).astype(bits.dtype)  # the step of d that makes |reached| larger
-    step = jnp.where(jnp.abs(reached) > jnp.abs(q), -away, away)
-    next_d = jax.lax.bitcast_convert_type(bits + jnp.where(reached == q, 0, step), d.dtype)
-    d = jnp.where((jnp.abs(reached) > jnp.abs(q)) & (d != 0), -p.astype(dtype), d)
+    shrinks = (d < 0) ^ (reached < 0)  # whether a larger |d| makes |reached| smaller
+    step = jnp.where(reached == q, 0, jnp.where(shrinks ^ too_far, -1, 1)).astype(bits.dtype)
+    next_d = jax.lax.bitcast_convert_type(bits + step, d.dtype)
     return jnp.where(jnp.abs(add(p, next_d)) <= jnp.abs(q), next_d, d)
 
 

@@ -190,7 +190,7 @@ def test_none_and_masked_leaves_stay():
 
 def adam_step(tx, move):
     """A jitted Adam step with donated parameters and state; its temporary bytes, those of the weights, and its HLO."""
-    shapes = [(3, 3, 64, 64), (3, 3, 64, 64), (1, 1, 64, 256), (256, 100), (100,)]
+    shapes = [(3, 3, 64, 500), (3, 3, 64, 500), (1, 1, 300, 1000), (600, 512), (600, 512), (64, 64), (100,)]
     params = {str(i): jnp.ones(shape) for i, shape in enumerate(shapes)}
     tx = optax.chain(optax.adam(1e-3), tx)
 
@@ -205,13 +205,13 @@ def adam_step(tx, move):
 
 
 def test_memory_of_a_step():
-    """In place of `optax.apply_updates`: norms and factors, no copy of a weight. Chained: one copy of all weights."""
+    """In place of `optax.apply_updates`: norms and factors, no copy of a weight. Chained: one large weight or two."""
     plain, weights, _ = adam_step(optax.identity(), optax.apply_updates)
     ours, _, text = adam_step(optax.identity(), lambda p, u: apply_updates(p, u, MaxNorm(1.0)))
     assert ours - plain < 0.05 * weights
     assert not re.search(r"\[\d\d+\S* copy\(|\[3,\S* copy\(", text)
     chained, _, _ = adam_step(maxnorm_projection(1.0), optax.apply_updates)
-    assert chained - plain < 1.05 * weights
+    assert chained - plain < 0.5 * weights
 
 
 def test_a_step_where_nothing_binds_is_the_optimizers_own():

@@ -82,6 +82,20 @@ print(float(norms.max()) <= 0.5, "torch" in sys.modules)
     assert python(code, ("torch", "numba")) == "True False\n"
 
 
+def test_jax_arrays_without_optax():
+    """Without a front, whose branch for squares that overflow makes it faster."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, projgd
+x = jnp.asarray([[3.0, 0.3, 3e38, 1e30], [4.0, 0.4, 3e38, jnp.inf]], jnp.float32)
+for project in (projgd.MaxNorm(1.0).project, jax.jit(projgd.MaxNorm(1.0).project)):
+    y = np.asarray(project(x), np.float64)
+    np.testing.assert_allclose(y[:, (0, 2)], [[0.6, 0.5**0.5], [0.8, 0.5**0.5]], rtol=1e-5)
+    np.testing.assert_array_equal(y[:, (1, 3)], np.asarray(x, np.float64)[:, (1, 3)])
+print("optax" in sys.modules)
+"""
+    assert python("import sys\n" + code, ("optax", "torch", "numba")) == "False\n"
+
+
 def test_top_level_names_are_the_fronts_own():
     code = """
 import projgd, projgd.torch, projgd.optax
