@@ -11,7 +11,7 @@ import torch
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import ball, metric_ball, path, sharded
+from projgd.torch import ball, metric_ball, path, sharded, stacked
 from projgd.torch.metrics import Metric, Pick
 from projgd.torch.settings import constraint_of
 from projgd.torch.sparse import MovedRows
@@ -47,6 +47,8 @@ def project_params(
     if constraint is None:
         return
     params = list(params)
+    if rows and not any(p.grad is not None and p.grad.is_sparse for p in params):
+        rows = None
     whole, spread = [], []
     for p in params:
         if not sharded.is_dtensor(p):
@@ -77,9 +79,11 @@ def project_params(
 def project_whole(
     params: Sequence[torch.Tensor], constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
 ) -> None:
-    """What a kernel can take in one call, the others one by one."""
+    """What a kernel can take in one call, small ones in stacks, the others one by one."""
     if skip is None and (kernel := path.projector(params, constraint, metric)):
         params = kernel(params, constraint, metric)
+    if skip is None and metric is None and isinstance(constraint, MaxNorm) and not torch.compiler.is_compiling():
+        params = stacked.project_(params, constraint)
     for p in params:
         project_(p, constraint, skip, metric)
 
