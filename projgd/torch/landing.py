@@ -9,7 +9,8 @@ numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +23,8 @@ from projgd.constraints import Constraint
 from projgd.projections import FloatType, Measures
 from projgd.torch import ball, sharded
 from projgd.updates import MaxUpdate, RelativeUpdate, Update
+
+PIECE = 1 << 18  # entries of two arrays and their product: 3 MB
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,10 @@ def _shape(u: torch.Tensor, w: torch.Tensor, plan: Plan, axes: tuple[int, ...]) 
     if keeps_direction and plan.moves:
         torch.addcmul(w, u, factor, out=u)  # one pass over memory
         return
-    u.mul_(factor)
-    if not keeps_direction:
-        u.addcmul_(w, share.to(u.dtype))
-    if plan.moves:
-        u.add_(w)
+    for u_, w_, share_, factor_ in _in_cache(u, w, share.to(u.dtype), factor):
+        u_.mul_(factor_).addcmul_(w_, share_)
+        if plan.moves:
+            u_.add_(w_)
 
 
 def _to_sphere(norm: torch.Tensor, radius: Any, kind: FloatType, vectors: Vectors) -> torch.Tensor:
@@ -122,16 +124,42 @@ def _norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     """Norms with the reduced axes kept, in float64 where the device has it."""
     if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
         return projections.norm(x, axes, xp)  # type: ignore[no-any-return]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a graph cannot look at the norms
+    if _can_look(x):
         norm = ball.norms(x, axes)
-        if bool(((norm > 1e-12) & (norm < 1e18)).all()):  # no square that counts over- or underflowed
+        if bool(_usual(norm).all()):
+            return norm
+        if bool((_usual(norm) | (torch.linalg.vector_norm(x, torch.inf, axes, keepdim=True) == 0)).all()):
             return norm
     return cast("torch.Tensor", torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float64))
 
 
 def _cosine(u: torch.Tensor, w: torch.Tensor, size: Measures, axes: tuple[int, ...]) -> torch.Tensor:
+    if _can_look(u) and bool(((_usual(size.u) | (size.u == 0)) & (_usual(size.w) | (size.w == 0))).all()):
+        parts = [torch.sum(u_ * w_, dim=axes, keepdim=True) for u_, w_ in _in_cache(u, w)]
+        both = size.u * size.w
+        dot = torch.stack(parts).double().sum(0) if 0 in axes else torch.cat(parts)
+        return dot.to(both.dtype) / torch.where(both > 0, both, 1.0)
     u, w = (x / torch.where(n > 0, n, 1.0).to(x.dtype) for x, n in ((u, size.u), (w, size.w)))
     return torch.sum(u * w, dim=axes, keepdim=True).to(size.u.dtype)
+
+
+def _usual(norm: torch.Tensor) -> torch.Tensor:
+    """Whether no square that counts over- or underflows in float32."""
+    return (norm > 1e-12) & (norm < 1e18)
+
+
+def _can_look(x: torch.Tensor) -> bool:
+    """Whether reading a number back costs nothing: a graph cannot, and an accelerator would be waited for."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _in_cache(x: torch.Tensor, *others: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Pieces along the first axis, on a CPU so small that a second operation finds them in the cache."""
+    if not (_can_look(x) and x.numel() > PIECE):
+        return [(x, *others)]
+    step = max(1, PIECE * len(x) // x.numel())
+    cut = (torch.split(t, step) if len(t) == len(x) else itertools.repeat(t) for t in (x, *others))
+    return zip(*cut, strict=False)
 
 
 def _norms_over_ranks(p: torch.Tensor, of: Constraint) -> torch.Tensor:

@@ -164,7 +164,8 @@ class Projected(Optimizer):
         kept = metrics.before_step(self, self.inner)
         radii = self._radii()
         if any(shaping.is_shaped(group) for group in self.param_groups):
-            loss = shaping.step(self.inner, self.param_groups, radii, call, closure)
+            room = {} if torch.compiler.is_compiling() else self._room
+            loss = shaping.step(self.inner, self.param_groups, radii, room, call, closure)
         else:
             loss = call(closure)
         self._note_moved()
@@ -187,6 +188,10 @@ class Projected(Optimizer):
     @functools.cached_property
     def _rows(self) -> MovedRows:
         return MovedRows(self, self.inner)
+
+    @functools.cached_property
+    def _room(self) -> dict[torch.Tensor, torch.Tensor]:
+        return {}
 
     def _radius_of(self, p: torch.Tensor) -> torch.Tensor | None:
         if p in self._waiting and torch.compiler.is_compiling():  # which must not see a state before the optimizer does
@@ -236,6 +241,7 @@ class Projected(Optimizer):
         held = set(map(id, _in_order(self.param_groups)))  # no others are kept alive for their radii
         self._waiting = {p: radius for p, radius in self._waiting.items() if id(p) in held}
         self._moved &= held
+        self._room.clear()
 
     def _look(self, group: dict[str, Any], index: int, seen: _Seen | None) -> _Seen:
         if seen is not None and seen.still(group):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from projgd import projections
 from projgd.constraints import Constraint, Sphere, norms_of
-from projgd.torch import settings
+from projgd.torch import path, settings
 from projgd.torch.landing import Plan, land, measurable
 from projgd.torch.project import Initial
 from projgd.updates import RelativeUpdate, TangentUpdate
@@ -124,12 +124,14 @@ def step(
     inner: type[Optimizer],
     groups: Iterable[Mapping[str, Any]],
     initial: Initial,
+    room: dict[torch.Tensor, torch.Tensor],
     call: Callable[[Callable[[], Any] | None], Any],
     closure: Callable[[], Any] | None,
 ) -> Any:
     """Run the inner step, `call(closure)`, and leave w + shape(update) in the parameters that have a shaping.
 
-    Spheres are landed on here, and `not_landed` says what is left to project.
+    Spheres are landed on here, and `not_landed` says what is left to project. `room` is where the copies of the weights
+    lie from step to step on a CPU.
 
     An error or an interrupt anywhere in here leaves those parameters as they were.
     """
@@ -142,7 +144,7 @@ def step(
     if closure is not None and inner in BLIND:  # evaluated now, at the weights, and not at zero
         with torch.enable_grad():
             loss, closure = closure(), None
-    plans = [(group, p, p.detach().clone()) for group in groups for p in _to_shape(group, closure is not None)]
+    plans = [(group, p, _copy(p, room)) for group in groups for p in _to_shape(group, closure is not None)]
     with torch.no_grad():
         try:
             for group, p, _ in plans:
@@ -169,6 +171,17 @@ def step(
                 p.copy_(w)
             raise
     return returned if loss is None else loss
+
+
+def _copy(p: torch.Tensor, room: dict[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """A copy of p. On a CPU the system takes longer to find the memory for it than the copy takes: it is kept."""
+    if p.device.type != "cpu" or torch.compiler.is_compiling():
+        return p.detach().clone()
+    if p in room and path.alike(room[p], p):
+        room[p].copy_(p.detach())
+    else:
+        room[p] = p.detach().clone()
+    return room[p]
 
 
 def not_landed(group: Mapping[str, Any]) -> Mapping[str, Any]:
