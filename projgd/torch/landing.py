@@ -60,15 +60,14 @@ def _land_plain(plan: Plan) -> None:
     assert vectors is not None
     kind = projections.float_type(p)
     compute = getattr(torch, kind.compute)
-    in_place = p.dtype == compute and p.is_contiguous()
-    u, w = (p.view if in_place else p.to(compute).reshape)(vectors.shape), plan.w.to(compute).reshape(vectors.shape)
+    u, w = (x.to(compute).view(vectors.shape) for x in (p, plan.w))  # of p itself, where it has this dtype
     if plan.on_top:
         u.sub_(w)
     _shape(u, w, plan, vectors.axes)
     if plan.radius is not None:
         u.mul_(_to_sphere(_norms(u, vectors.axes), plan.radius, kind, vectors).to(compute))
-    if not in_place:
-        p.copy_(u.reshape(p.shape))
+    if p.dtype != compute:
+        p.copy_(u.view(p.shape))
 
 
 def _land_sharded(spread: list[tuple[Plan, sharded.Part]]) -> None:

@@ -266,6 +266,22 @@ def test_zero_updates_leave_every_bit_and_nothing_is_laundered(fused):
     assert not torch.isfinite(q[0, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", ["fan_in", (1, 2), None])
+def test_the_order_in_memory_makes_no_difference(axis, dtype):
+    """Strides of axes of length one are anything, as a permuted or sliced parameter has them."""
+    stepped = []
+    for stride in [(1920, 64, 64, 1), (64, 1600, 1, 1), (1, 25, 1, 750)]:
+        p = torch.nn.Parameter(torch.zeros(48_000, dtype=dtype).as_strided((25, 30, 1, 64), stride))
+        p.data = p.data.copy_(start(0, (25, 30, 1, 64)))
+        p.grad = torch.empty_like(p).copy_(start(1, (25, 30, 1, 64)))
+        constraint = Sphere("initial", axis=axis)
+        projected(torch.optim.Adam)([p], lr=0.01, constraint=constraint, update=RelativeUpdate()).step()
+        stepped.append(p.detach().clone(memory_format=torch.contiguous_format))
+    for other in stepped[1:]:
+        torch.testing.assert_close(other, stepped[0], rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-8)
+
+
 def test_a_parameter_without_gradient_stays():
     p, q = start(1), start(2)
     opt = hyperball(torch.optim.Adam)([p, q], lr=0.1)
