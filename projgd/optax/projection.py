@@ -229,15 +229,15 @@ def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
     q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough. Made of q and p alone, for
     XLA to hold no other copy.
     """
-    d = jnp.where(q == p, 0, q.astype(dtype) - p.astype(dtype))  # inf stays
-    d = rounded(jnp.where(p == 0, q.astype(dtype), d))  # and so does -0
+    wide = q.astype(dtype)
+    d = rounded(jnp.where(q == p, jnp.copysign(jnp.zeros_like(wide), wide), wide - p.astype(dtype)))  # inf and -0 stay
     reached = add(p, d)
-    too_far = jnp.abs(reached) > jnp.abs(q)
-    bits = jax.lax.bitcast_convert_type(d, f"int{8 * d.dtype.itemsize}")
-    shrinks = (d < 0) ^ (reached < 0)  # whether a larger |d| makes |reached| smaller
-    step = jnp.where(reached == q, 0, jnp.where(shrinks ^ too_far, -1, 1)).astype(bits.dtype)
+    size = 8 * d.dtype.itemsize
+    bits, reached_bits = (jax.lax.bitcast_convert_type(x.astype(dtype), f"int{size}") for x in (d, reached))
+    away = ((bits ^ reached_bits) >> (size - 1)) | 1  # the step of d that makes |reached| larger: -1 if signs differ
+    step = jnp.where(jnp.abs(reached) > jnp.abs(q), -away, away)
     next_d = jax.lax.bitcast_convert_type(bits + step, d.dtype)
-    return jnp.where(jnp.abs(add(p, next_d)) <= jnp.abs(q), next_d, d)
+    return jnp.where((reached != q) & (jnp.abs(add(p, next_d)) <= jnp.abs(q)), next_d, d)
 
 
 @_difference.defjvp
