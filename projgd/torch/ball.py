@@ -25,7 +25,8 @@ from projgd.axes import Vectors
 from projgd.projections import BallLimits
 
 BLOCK = 64
-CHUNK = 2**21  # entries: what a norm has read is still in the third-level cache when it is multiplied
+GRAIN = 2**15  # entries that torch starts threads for, which for a few times as many costs more than it saves
+CHUNK = 2**22  # entries: what a norm has read is still in the third-level cache when it is multiplied
 FAR = 2.0**64  # squares beyond overflow in float32, and 2^-40 over a norm beyond may be subnormal
 _norm = torch.linalg.vector_norm
 
@@ -174,7 +175,9 @@ def norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
         full = n - n % block
         cut = y.narrow(d, 0, full).reshape([*plan.runs[:d], full // block, block, *plan.runs[d + 1 :]])
         cut = _norm(cut, dim=[d + 1, *(i + (i > d) for i in plan.within)], keepdim=True).squeeze(d + 1)
-        found = _norm(cut, dim=plan.beyond, keepdim=True, dtype=torch.float64)
+        pieces = cut.numel() // GRAIN + 1
+        few = cut.tensor_split(pieces) if 1 < pieces <= 4 and 0 not in plan.beyond else (cut,)
+        found = torch.cat([_norm(some, dim=plan.beyond, keepdim=True, dtype=torch.float64) for some in few])
         if full < n:
             rest = _norm(y.narrow(d, full, n - full), dim=[d, *plan.within], keepdim=True)
             found = torch.hypot(found, _norm(rest, dim=plan.beyond, keepdim=True, dtype=torch.float64))

@@ -82,7 +82,8 @@ def project_whole(
     """What a kernel can take in one call, small ones in stacks, the others one by one."""
     if skip is None and (kernel := path.projector(params, constraint, metric)):
         params = kernel(params, constraint, metric)
-    if skip is None and metric is None and isinstance(constraint, MaxNorm) and not torch.compiler.is_compiling():
+    plain = skip is None and metric is None and not torch.compiler.is_compiling()
+    if params and plain and isinstance(constraint, MaxNorm):
         params = stacked.project_(params, constraint)
     for p in params:
         project_(p, constraint, skip, metric)

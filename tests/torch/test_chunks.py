@@ -19,11 +19,11 @@ HUGE = {"float32": 1e30, "bfloat16": 1e30, "float16": 1e4}
 
 
 def project_rows(w, axis=1):
-    """The columns of `w` projected in chunks of 512 entries as the rows, or columns, of a parameter."""
+    """The columns of `w` as rows, or columns, of a parameter that is projected in chunks of 512 entries."""
     given = torch.from_numpy(np.ascontiguousarray(w.T).view(f"int{8 * w.itemsize}").copy())
     p = given.view(getattr(torch, w.dtype.name))
     p = p if axis == 1 else p.T.contiguous()
-    with patch.object(ball, "CHUNK", 512), torch.no_grad():
+    with patch.multiple(ball, CHUNK=512, GRAIN=4), torch.no_grad():
         ball.project_ball_(p, C, Vectors(tuple(p.shape), (axis,)))
     p = p if axis == 1 else p.T.contiguous()
     return p.view(given.dtype).numpy().view(w.dtype).T.copy()
