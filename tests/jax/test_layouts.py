@@ -103,6 +103,26 @@ def test_linen_layers_stacked_by_scan_are_told_by_their_bias():
     free(params, "layer/bias")
 
 
+class Bare(nn.Module):
+    """A layer that Flax names after its class, without the bias that would tell its axes."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"Dense": (5,), "ConvLocal": (3, (3, 3), 1, "VALID")}
+        return getattr(nn, self.kind)(*options[self.kind], use_bias=False)(x)
+
+
+def test_linen_layers_told_by_their_automatic_name():
+    x = ones(3, 2, 4)
+    many = nn.vmap(Bare, variable_axes={"params": 0}, split_rngs={"params": True})("Dense")  # a kernel of (3, 4, 5)
+    agrees(initial(many, x)["params"], "Dense_0/kernel", lambda p: many.apply({"params": p}, x), (0, -1))
+    x = ones(1, 4, 4, 2)
+    local = Bare("ConvLocal")
+    agrees(initial(local, x)["params"], "ConvLocal_0/kernel", lambda p: local.apply({"params": p}, x), (-3, -2, -1))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["query", "key", "value", "out"])
 def test_linen_attention(name, bias):
