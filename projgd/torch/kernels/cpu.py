@@ -144,14 +144,21 @@ def _as_of(x: Any, value: Any) -> Any:
     return lambda x, value: np.float32(value)
 
 
+@register_jitable
+def _add(sums: Any, ww: float, uu: float, wu: float) -> None:
+    sums[0] += ww
+    sums[1] += uu
+    sums[2] += wu
+
+
 @_exact
-def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: Any) -> float:
     """torch.optim.SGD on a run of memory; returns the sum of the squares of what is stored."""
     p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
     m, first = _view(table[2, k], start, size, like), factors[k, 0] != 0
     lr, momentum, undamped = _as(p, h.lr), _as(p, h.momentum), _as(p, h.undamped)
     decay, sign, nesterov = _as(p, h.decay), _as(p, h.sign), h.nesterov != 0
-    total = 0.0
+    total = uu = wu = 0.0
     for i in range(p.size):
         w = _load(p, i)
         d = sign * _load(g, i)
@@ -161,13 +168,19 @@ def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: 
             b = d if first else _fma(undamped, d, momentum * _load(m, i))
             _store(m, i, b)
             d = _fma(momentum, b, d) if nesterov else b
-        _store(p, i, _fma(-lr, d, w))
-        total = _plus_square(total, np.float64(_load(p, i)))
+        if sums is None:
+            _store(p, i, _fma(-lr, d, w))
+            total = _plus_square(total, np.float64(_load(p, i)))
+        else:
+            x, y = np.float64(w), np.float64(-lr * d)
+            total, uu, wu = _plus_square(total, x), _plus_square(uu, y), _plus_product(wu, x, y)
+    if sums is not None:
+        _add(sums, total, uu, wu)
     return total
 
 
 @_exact
-def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: Any) -> float:
     """torch.optim.Adam and AdamW on a run of memory. Its squares are left for later: with them, the loop is slower."""
     p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
     m, v = _view(table[2, k], start, size, like), _view(table[3, k], start, size, like)
@@ -177,6 +190,7 @@ def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like:
     decoupled, amsgrad = h.decoupled != 0, h.amsgrad != 0
     rate, root = _as(p, -factors[k, 0]), _as(p, factors[k, 1])
     near, beyond = weight1 < 0.5, weight1 - _as(p, 1.0)  # torch.lerp starts from the nearer end
+    ww = uu = wu = 0.0
     for i in range(p.size):
         w = _load(p, i)
         d = sign * _load(g, i)
@@ -194,12 +208,19 @@ def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like:
             most = _load(x, i)
             b = most if most > b else b
             _store(x, i, b)
-        _store(p, i, w + rate * a / (np.sqrt(b) / root + eps))
+        u = rate * a / (np.sqrt(b) / root + eps)
+        if sums is None:
+            _store(p, i, w + u)
+        else:
+            y, z = np.float64(w), np.float64(u)
+            ww, uu, wu = _plus_square(ww, y), _plus_square(uu, z), _plus_product(wu, y, z)
+    if sums is not None:
+        _add(sums, ww, uu, wu)
     return np.nan
 
 
 @_exact
-def _squares(h: None, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
+def _squares(h: None, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: None) -> float:
     """The sum of the squares on a run of memory."""
     p = _view(table[0, k], start, size, like)
     total = 0.0
@@ -252,8 +273,11 @@ def _measures(h: Any) -> Any:
     """Whether `_update` returns the sum of the squares."""
 
 
-def _update(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> Any:
-    """The update of a run of memory of tensor k, none where `h` is None, and the sum of the squares then."""
+def _update(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: Any) -> Any:
+    """The update of a run of memory of tensor k, none where `h` is None, and the sum of the squares then.
+
+    With `sums` the states are updated, but the weights w are left; Σw², Σu² and Σwu are added, u being their update.
+    """
 
 
 @overload(_begin, strict=False)
@@ -270,78 +294,86 @@ def _measures_of(h: Any) -> Any:
 
 
 @overload(_update, strict=False)
-def _update_of(h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any) -> Any:
+def _update_of(h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any, sums: Any) -> Any:
     rule: Any = {Sgd: _sgd, Adam: _adam}.get(getattr(h, "instance_class", type(None)), _squares)
-    return lambda h, table, k, start, size, factors, like: rule(h, table, k, start, size, factors, like)
+    return lambda h, table, k, start, size, factors, like, sums: rule(h, table, k, start, size, factors, like, sums)
 
 
 @_exact
-def _sgd_again(h: Any, table: Any, k: int, start: int, u: Any, factors: Any, like: Any) -> None:
-    """What `_sgd` without weight decay has added to the weights."""
-    g, m = _view(table[1, k], start, u.size, like), _view(table[2, k], start, u.size, like)
-    lr, momentum, sign = _as(g, h.lr), _as(g, h.momentum), _as(g, h.sign)
+def _sgd_again(
+    h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, keep: Any, share: Any, push: Any
+) -> None:
+    p, g, m = (
+        _view(table[0, k], start, size, like),
+        _view(table[1, k], start, size, like),
+        _view(table[2, k], start, size, like),
+    )
+    lr, momentum, sign = _as(p, h.lr), _as(p, h.momentum), _as(p, h.sign)
     nesterov = h.nesterov != 0
-    for i in range(u.size):
+    for i in range(p.size):
         d = sign * _load(g, i)
         if momentum != 0:
             d = _fma(momentum, _load(m, i), d) if nesterov else _load(m, i)
-        u[i] = -lr * d
+        w = _load(p, i)
+        _store(p, i, _fma(keep, w, _fma(share, w, push * (-lr * d))))
 
 
 @_exact
-def _adam_again(h: Any, table: Any, k: int, start: int, u: Any, factors: Any, like: Any) -> None:
-    """What `_adam` without weight decay has added to the weights."""
-    m, v = _view(table[2, k], start, u.size, like), _view(table[4, k], start, u.size, like)
-    rate, root, eps = _as(m, -factors[k, 0]), _as(m, factors[k, 1]), _as(m, h.eps)
-    for i in range(u.size):
-        u[i] = rate * _load(m, i) / (np.sqrt(_load(v, i)) / root + eps)
+def _adam_again(
+    h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, keep: Any, share: Any, push: Any
+) -> None:
+    p, m, v = (
+        _view(table[0, k], start, size, like),
+        _view(table[2, k], start, size, like),
+        _view(table[4, k], start, size, like),
+    )
+    rate, root, eps = _as(p, -factors[k, 0]), _as(p, 1 / factors[k, 1]), _as(p, h.eps)
+    for i in range(p.size):
+        u, w = rate * _load(m, i) / (np.sqrt(_load(v, i)) * root + eps), _load(p, i)
+        _store(p, i, _fma(keep, w, _fma(share, w, push * u)))
 
 
-def _again(h: Any, table: Any, k: int, start: int, u: Any, factors: Any, like: Any) -> None:
-    """u becomes what the update of a run of memory has added, without weight decay, read off the states."""
+def _again(
+    h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, keep: Any, share: Any, push: Any
+) -> None:
+    """A run of memory becomes keep · w + share · w + push · u, u the update read off the states; no weight decay."""
 
 
 @overload(_again, strict=False)
-def _again_of(h: Any, table: Any, k: Any, start: Any, u: Any, factors: Any, like: Any) -> Any:
+def _again_of(
+    h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any, keep: Any, share: Any, push: Any
+) -> Any:
     rule: Any = {Sgd: _sgd_again, Adam: _adam_again}[h.instance_class]
-    return lambda h, table, k, start, u, factors, like: rule(h, table, k, start, u, factors, like)
+    return lambda h, table, k, start, size, factors, like, keep, share, push: rule(
+        h, table, k, start, size, factors, like, keep, share, push
+    )
 
 
 @_exact
-def _products(w: Any, u: Any) -> Any:
-    """Σw², Σu² and Σwu."""
-    ww = uu = wu = 0.0
-    for i in range(w.size):
-        x, y = np.float64(w[i]), np.float64(u[i])
-        ww, uu, wu = _plus_product(ww, x, x), _plus_product(uu, y, y), _plus_product(wu, x, y)
-    return ww, uu, wu
+def _shares(w: Any, weights: Any) -> Any:
+    """How w + share · w + push · u is computed: not as w + share · w where that cancels."""
+    near = abs(weights[0]) < 0.5
+    return _as(w, 1.0 if near else 0.0), _as(w, weights[0] if near else weights[0] + 1), _as(w, weights[1])
 
 
 @_exact
-def _measure(w: Any, u: Any, run: int, sums: Any) -> None:
-    """Add the `_products` of every `run` entries to a row of `sums`."""
+def _measure_short(w: Any, u: Any, run: int, sums: Any) -> None:
+    """Add Σw², Σu² and Σwu of every `run` entries to a row of `sums`."""
     for j in range(w.size // run):
-        ww, uu, wu = _products(w[j * run : (j + 1) * run], u[j * run : (j + 1) * run])
-        sums[j, 0] += ww
-        sums[j, 1] += uu
-        sums[j, 2] += wu
+        ww = uu = wu = 0.0
+        for i in range(run):
+            x, y = np.float64(w[j * run + i]), np.float64(u[j * run + i])
+            ww, uu, wu = ww + x * x, uu + y * y, wu + x * y
+        _add(sums[j], ww, uu, wu)
 
 
 @_exact
-def _mix(w: Any, u: Any, keep: Any, share: Any, push: Any) -> None:
-    for i in range(w.size):
-        w[i] = _fma(keep, w[i], _fma(share, w[i], push * u[i]))
-
-
-@_exact
-def _move(w: Any, u: Any, run: int, weights: Any) -> None:
-    """w + share · w + push · u with weights for every `run` entries; not w + share · w where that cancels."""
+def _move_short(w: Any, u: Any, run: int, weights: Any) -> None:
     for j in range(w.size // run):
-        share, keep = weights[j, 0], 1.0
-        if not abs(share) < 0.5:
-            share, keep = share + 1.0, 0.0
-        part = slice(j * run, (j + 1) * run)
-        _mix(w[part], u[part], _as(w, keep), _as(w, share), _as(w, weights[j, 1]))
+        keep, share, push = _shares(w, weights[j])
+        for i in range(run):
+            x = w[j * run + i]
+            w[j * run + i] = _fma(keep, x, _fma(share, x, push * u[j * run + i]))
 
 
 @_exact
@@ -349,7 +381,7 @@ def _in_blocks(h: Any, table: Any, k: int, start: int, size: int, factors: Any, 
     """`_update`, its sum in blocks, each in any order: it errs as `BLOCK` additions and one for each block do."""
     total = 0.0
     for done in range(0, size, BLOCK):
-        total += _update(h, table, k, start + done, min(BLOCK, size - done), factors, like)
+        total += _update(h, table, k, start + done, min(BLOCK, size - done), factors, like, None)
     return total
 
 
@@ -566,7 +598,7 @@ def step(
                         sums[j] += _in_blocks(h, table, k, start + j * run, run, factors, like)
                     continue
                 if h is not None:
-                    _update(h, table, k, start, size, factors, like)
+                    _update(h, table, k, start, size, factors, like, None)
                 if free:
                     continue
                 if run == 1:
@@ -639,24 +671,31 @@ def shape(
             k, place, vector = tile[TENSOR], places[i, 0], places[i, 1]
             layout = layouts[k]
             width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
-            chunk = max(run, BLOCK // run * run)
+            short = max(1, BLOCK // run) * run if run < SHORT else 0
             if not move:
                 sums[place : place + width] = 0.0
             for r in range(tile[R0_FROM], tile[R0_TO]):
                 start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
-                for a in range(0, width * run, chunk):
-                    end = min(a + chunk, width * run)
-                    for b in range(a, end, BLOCK):
-                        u = room[: min(BLOCK, end - b)]
-                        w = _view(table[0, k], start + b, u.size, like)
+                if not short:
+                    for j in range(width):
                         if move:
-                            _again(h, table, k, start + b, u, factors, like)
-                            _move(w, u, min(run, u.size), weights[vector + a // run :])
+                            keep, plus, push = _shares(like, weights[vector + j])
+                            _again(h, table, k, start + j * run, run, factors, like, keep, plus, push)
                         else:
-                            u[:] = 0
-                            own[0, k] = np.int64(room.ctypes.data) - (start + b) * like.itemsize
-                            _update(h, own, k, start + b, u.size, factors, like)
-                            _measure(w, u, min(run, u.size), sums[place + a // run :])
+                            _update(h, table, k, start + j * run, run, factors, like, sums[place + j])
+                    continue
+                for a in range(0, width * run, short):  # several vectors at a time, their update taken on its own
+                    u = room[: min(short, width * run - a)]
+                    w = _view(table[0, k], start + a, u.size, like)
+                    own[0, k] = np.int64(room.ctypes.data) - (start + a) * like.itemsize
+                    u[:] = 0
+                    if move:
+                        keep, plus, push = _as(u, 0.0), _as(u, 0.0), _as(u, 1.0)
+                        _again(h, own, k, start + a, u.size, factors, like, keep, plus, push)
+                        _move_short(w, u, run, weights[vector + a // run :])
+                    else:
+                        _update(h, own, k, start + a, u.size, factors, like, None)
+                        _measure_short(w, u, run, sums[place + a // run :])
 
 
 run = _compiled(step)

@@ -1,7 +1,7 @@
 """A shaped step on a CPU: the kernel measures, `projgd.updates` says what follows, the kernel moves.
 
-The update is never stored: the second pass reads it off the states again. Tensors are taken in rounds that the cache
-has some hope to keep in between.
+The update is never stored: the second pass reads it off the states again, of the tensors of a round in reverse, so that
+it begins with what is still in cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from projgd.torch.kernels.rules import Rule
 from projgd.torch.path import Memory
 from projgd.updates import Update
 
-ROUND = 1 << 20  # entries: of weights and two states 12 MB
+ROUND = 1 << 22  # entries: with less to do, starting threads costs more than the cache gives
 LARGEST = float(np.finfo(np.float32).max)
 
 
