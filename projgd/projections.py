@@ -150,8 +150,9 @@ def beyond(x: Array, threshold: Scalar, axes: tuple[int, ...], xp: ModuleType) -
 
 def is_beyond(z_norm: Array, r: Array, threshold: Scalar, xp: ModuleType) -> Array:
     """Which finite vectors have a norm r · z_norm above `threshold`."""
-    # Compared 2^16 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows.
-    return xp.isfinite(r) & ~(z_norm * (r * 2.0**-16) <= threshold * 2.0**-16)
+    # Compared 2^16 times smaller, where neither side overflows. Written as "not inside", so that a NaN c shows. A NaN
+    # entry may show in the sum alone: XLA leaves it out of the largest of 64 numbers or more on a CPU.
+    return xp.isfinite(r) & xp.isfinite(z_norm) & ~(z_norm * (r * 2.0**-16) <= threshold * 2.0**-16)
 
 
 def squares_fit(kind: FloatType, c: Scalar) -> bool:

@@ -50,6 +50,11 @@ def on_jax_jitted(w, c):
         return np.asarray(jax.jit(MaxNorm(c, axis=0).project)(jnp.asarray(w)))
 
 
+def on_jax_with_c_traced(w, c):
+    with jax.enable_x64(w.dtype == np.float64):
+        return np.asarray(jax.jit(lambda w, c: MaxNorm(c, axis=0).project(w))(jnp.asarray(w), c))
+
+
 PATHS = [on_numpy, on_torch, on_jax, on_jax_jitted]
 
 
@@ -98,6 +103,15 @@ def test_any_size(project, dtype):
     check(project, w[:1], 4.0)
     q = np.asarray(project(w, 4.0), np.float64)
     assert abs(q[0, 2]) >= 4.0 * (1 - TIGHT[dtype])
+
+
+@pytest.mark.parametrize("project", [*PATHS, on_jax_with_c_traced])
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("c", [2.0**-10, 4.0])
+def test_one_broken_entry_of_many(project, dtype, c):
+    w = columns(0, 200, 6, 2 * c, dtype)
+    w[0, 0], w[100, 1], w[-1, 2], w[2, 3] = np.nan, np.nan, np.inf, -np.inf
+    check(project, w, c)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
