@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def machine(threads: int) -> dict[str, object]:
-    """What the figures depend on: processor, threads, versions."""
+    """What the figures depend on: processor, threads and how they wait, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
@@ -25,6 +25,7 @@ def machine(threads: int) -> dict[str, object]:
         "processor": names[0] if names else platform.processor(),
         "cores": len(names) or None,
         "threads": threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "system": platform.system(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
@@ -43,7 +44,8 @@ def described(machine: dict[str, object], rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{k} {machine[k]}" for k in ("python", *PACKAGES) if machine[k])
     loads = sorted(row["load"] for row in rows)
     load = f"Load average {loads[0]:.0f} to {loads[-1]:.0f}, median {loads[len(loads) // 2]:.0f}"
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {versions}. {load}."
+    threads = f"{machine['threads']} threads, OMP_WAIT_POLICY {machine['OMP_WAIT_POLICY']}"
+    return f"{machine['processor']}, {machine['cores']} cores, {threads}; {versions}. {load}."
 
 
 def merged(path: Path, here: dict[str, object], rows: list[Row], key: Sequence[str]) -> list[Row]:

@@ -443,6 +443,21 @@ def test_without_numba_the_eager_path_gives_the_same():
     assert float(total) == pytest.approx(float(other), rel=1e-6)
 
 
+def test_torchs_number_of_threads_stays():
+    """numba's threads, when they start, tell an OpenMP that torch uses as well how many there are to be."""
+    code = """
+import torch
+from projgd.torch import ProjectedSGD
+torch.set_num_threads(1)
+p = torch.nn.Parameter(torch.ones(8, 8))
+p.grad = torch.ones_like(p)
+ProjectedSGD([p], c=1.0).step()
+print(torch.get_num_threads())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.stdout, run.returncode) == ("1\n", 0), run.stderr
+
+
 FORK = """
 import os, torch
 from projgd.torch import ProjectedSGD

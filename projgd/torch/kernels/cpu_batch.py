@@ -79,7 +79,10 @@ def threads_for(entries: int) -> int:
 @contextlib.contextmanager
 def launching(threads: int, kernel: Any, variant: tuple[Any, ...]) -> Iterator[None]:
     """Alone in this process, on so many threads; alone on this machine where the kernel may have to be compiled."""
+    of_torch = torch.get_num_threads()
     before = numba.get_num_threads()
+    if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP that both use how many
+        torch.set_num_threads(of_torch)
     with _launch, contextlib.nullcontext() if (kernel, variant) in _ready else _alone():
         if threads != before:
             numba.set_num_threads(threads)
