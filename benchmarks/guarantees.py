@@ -22,7 +22,8 @@ from projgd import MaxNorm
 from projgd.optax import project
 from projgd.torch.project import project_params
 
-SHAPES = ((64, 64), (512, 512), (1024, 1024), (2048, 4096), (64, 262144))
+CASES = ((1, 64, 64), (200, 64, 64), (1, 512, 512), (1, 1024, 1024), (1, 2048, 4096), (1, 64, 262144))
+"""How many arrays in one call, and their shape."""
 BINDING = {"nothing binds": 0.0, "half binds": 0.5}
 C = 1.0
 SET = MaxNorm(C, axis=1)
@@ -35,21 +36,26 @@ def rows(shape: tuple[int, int], share: float) -> np.ndarray:
     return (x * (norms / np.linalg.norm(x, axis=1))[:, None]).astype(np.float32)
 
 
-def in_torch(start: np.ndarray) -> tuple[Mapping[str, Callable[[], object]], Callable[[], object]]:
+def in_torch(start: np.ndarray, count: int) -> tuple[Mapping[str, Callable[[], object]], Callable[[], object]]:
     original = torch.from_numpy(start)
-    w = original.clone()
-    steps = {
-        "plain": lambda: w.mul_((C / w.norm(dim=1, keepdim=True)).clamp(max=1)),
-        "projgd": lambda: project_params([w], SET),
-    }
-    return steps, lambda: w.copy_(original)
+    ws = [original.clone() for _ in range(count)]
+
+    def plain() -> None:
+        for w in ws:
+            w.mul_((C / w.norm(dim=1, keepdim=True)).clamp(max=1))
+
+    def again() -> None:
+        for w in ws:
+            w.copy_(original)
+
+    return {"plain": plain, "projgd": lambda: project_params(ws, SET)}, again
 
 
-def in_jax(start: np.ndarray) -> tuple[Mapping[str, Callable[[], object]], Callable[[], object]]:
-    w = jnp.asarray(start)
-    plain = jax.jit(lambda w: w * jnp.minimum(1.0, C / jnp.linalg.norm(w, axis=1, keepdims=True)))
-    ours = jax.jit(lambda w: project(w, SET))
-    steps = {"plain": lambda: plain(w).block_until_ready(), "projgd": lambda: ours(w).block_until_ready()}
+def in_jax(start: np.ndarray, count: int) -> tuple[Mapping[str, Callable[[], object]], Callable[[], object]]:
+    ws = [jnp.array(start) for _ in range(count)]
+    formula = lambda w: w * jnp.minimum(1.0, C / jnp.linalg.norm(w, axis=1, keepdims=True))  # noqa: E731
+    plain, ours = jax.jit(lambda ws: [formula(w) for w in ws]), jax.jit(lambda ws: project(ws, SET))
+    steps = {"plain": lambda: jax.block_until_ready(plain(ws)), "projgd": lambda: jax.block_until_ready(ours(ws))}
     return steps, lambda: None
 
 
@@ -58,21 +64,22 @@ FRONTS = {"PyTorch": in_torch, "JAX": in_jax}
 
 @torch.no_grad()
 def measured(front: str, seconds: float) -> Iterator[record.Row]:
-    for shape, (binding, share) in itertools.product(SHAPES, BINDING.items()):
-        steps, before = FRONTS[front](rows(shape, share))
+    for (count, *shape), (binding, share) in itertools.product(CASES, BINDING.items()):
+        steps, before = FRONTS[front](rows((shape[0], shape[1]), share), count)
         taken = interleaved(steps, seconds, rounds=(5, 5000), before=before)
         ms, r = summary(taken["plain"]), ratio(taken["projgd"], taken["plain"])
         numbers = {"R": round(r.median, 3), "R_spread": round(r.spread, 3), "plain_ms": round(ms.median, 4)}
-        yield {"front": front, "shape": list(shape), "binding": binding, **numbers}
+        yield {"front": front, "case": [count, *shape], "binding": binding, **numbers}
 
 
 def table(found: list[record.Row]) -> str:
     columns = [(f, b) for f in FRONTS for b in BINDING if any(r["front"] == f for r in found)]
     lines = ["| | " + " | ".join(f"{f}, {b}" for f, b in columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for shape in SHAPES:
-        mine = {(r["front"], r["binding"]): r for r in found if tuple(r["shape"]) == shape}
+    for case in CASES:
+        mine = {(r["front"], r["binding"]): r for r in found if tuple(r["case"]) == case}
         cells = [f"{mine[c]['R']:.2f} ± {mine[c]['R_spread']:.2f}" for c in columns]
-        lines.append(f"| {shape[0]:,} rows of {shape[1]:,} | " + " | ".join(cells) + " |")
+        several = f"{case[0]} times " if case[0] > 1 else ""
+        lines.append(f"| {several}{case[1]:,} rows of {case[2]:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
