@@ -5,16 +5,13 @@ unless something over- or underflows; a norm beyond `FAR` sends the parameter th
 
 Norms are summed in blocks of `BLOCK` entries in float32, and from there on in float64. Whatever the order within a
 block, that errs by at most (BLOCK + 1) / 2 + 1 units (Higham, Accuracy and Stability of Numerical Algorithms, section
-4.2): within the 36 that `projections.guard` allows for. Where no vector is near the ball a plain norm, which may be
-off by more, is enough to see that. CUDA sums all in float64, which costs nothing beside the reading of the weights, and
-where no square of a float32 over- or underflows.
+4.2): within the 36 that `projections.guard` allows for. CUDA sums all in float64, which costs nothing beside the
+reading of the weights, and where no square of a float32 over- or underflows.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import array_api_compat.torch as xp
@@ -25,8 +22,6 @@ from projgd.axes import Vectors
 from projgd.projections import BallLimits
 
 BLOCK = 64
-GRAIN = 2**15  # entries that torch starts threads for, which for a few times as many costs more than it saves
-CHUNK = 2**22  # entries: what a norm has read is still in the third-level cache when it is multiplied
 FAR = 2.0**64  # squares beyond overflow in float32, and 2^-40 over a norm beyond may be subnormal
 _norm = torch.linalg.vector_norm
 
@@ -50,7 +45,7 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> bool:
     # Near c the squares must be far from both ends of float32.
     plain = axes and x.numel() and x.dtype != torch.float64 and not limits.fill and 2.0**-40 <= c <= 2.0**60
     if plain and x.device.type == "cpu":
-        return _in_chunks(x, limits, axes, c)
+        return _blocked(x, limits, axes, c)
     if plain and x.device.type == "cuda":
         _branch_free(x, limits, axes)
     else:
@@ -74,49 +69,24 @@ def ball_limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
     return projections.ball_limits(kind, vectors.shape, vectors.axes, c, xp)
 
 
-def _in_chunks(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...], c: float) -> bool:
-    """Project x on a CPU, and say whether anything may have been written.
-
-    Where no vector was near the ball, torch's plain norm shows whether that goes on.
-    """
-    length, written, near = math.prod([x.shape[a] for a in axes]), False, True
-    # Squares added in any order err by this much (Higham's gamma), so their root is at most `clear` for no vector that
-    # is outside, or that `norms` could take for one.
-    units = min(length * 2.0**-24, 0.5)
-    clear = (2 * limits.threshold - c) * math.sqrt(1 - units / (1 - units)) * (1 - 2.0**-22)
-    for part in _chunks(x, axes):
-        wide = part.float()  # the part itself where it is float32
-        if near or not _norm(wide, dim=axes).max().item() <= clear:
-            found = norms(wide, axes)
-            largest = found.max().item()
-            near = not largest <= clear  # a NaN, too
-            if not largest <= limits.threshold:
-                written = True
-                _scale(part, wide, found, largest, limits)
-            if not largest < FAR:  # the others first: the next step may find them alone, and must have nothing to do
-                part.copy_(projections.project_ball(part, c, axes, xp))
-    return written
-
-
-def _chunks(x: torch.Tensor, axes: tuple[int, ...]) -> Sequence[torch.Tensor]:
-    """x in pieces of whole vectors of at most about `CHUNK` entries, if it lies in memory so."""
-    if x.numel() <= CHUNK:
-        return (x,)
-    outer = max(range(x.ndim), key=x.stride)
-    return (x,) if outer in axes else x.tensor_split(min(x.shape[outer], -(-x.numel() // CHUNK)), outer)
-
-
-def _scale(part: torch.Tensor, wide: torch.Tensor, found: torch.Tensor, largest: float, limits: BallLimits) -> None:
-    """Scale the vectors with a norm above the threshold and below `FAR`. `wide` is the part in float32."""
+def _blocked(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...], c: float) -> bool:
+    """Project x on a CPU, and say whether anything may have been written."""
+    wide = x.float()  # x itself where it is float32
+    found = norms(wide, axes)
+    largest = found.max().item()
+    if largest <= limits.threshold:
+        return False
     if largest < FAR:
         factor = (limits.target / torch.threshold(found, limits.threshold, limits.target)).float()  # or 1
-        if wide is part:
-            part.mul_(factor)
+        if wide is x:
+            x.mul_(factor)
         else:
-            part.copy_(wide.mul_(factor))
-    else:
+            x.copy_(wide.mul_(factor))
+    else:  # a NaN, too; the others first: the next step may find them alone, and must have nothing to do
         outside = (found > limits.threshold) & (found < FAR)
-        part.copy_(torch.where(outside, wide.mul((limits.target / found).float()).to(part.dtype), part))
+        x.copy_(torch.where(outside, wide.mul((limits.target / found).float()).to(x.dtype), x))
+        x.copy_(projections.project_ball(x, c, axes, xp))
+    return True
 
 
 def _branch_free(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> None:
@@ -175,9 +145,7 @@ def norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
         full = n - n % block
         cut = y.narrow(d, 0, full).reshape([*plan.runs[:d], full // block, block, *plan.runs[d + 1 :]])
         cut = _norm(cut, dim=[d + 1, *(i + (i > d) for i in plan.within)], keepdim=True).squeeze(d + 1)
-        pieces = cut.numel() // GRAIN + 1
-        few = cut.tensor_split(pieces) if 1 < pieces <= 4 and 0 not in plan.beyond else (cut,)
-        found = torch.cat([_norm(some, dim=plan.beyond, keepdim=True, dtype=torch.float64) for some in few])
+        found = _norm(cut, dim=plan.beyond, keepdim=True, dtype=torch.float64)
         if full < n:
             rest = _norm(y.narrow(d, full, n - full), dim=[d, *plan.within], keepdim=True)
             found = torch.hypot(found, _norm(rest, dim=plan.beyond, keepdim=True, dtype=torch.float64))

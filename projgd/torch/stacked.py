@@ -14,6 +14,7 @@ from projgd.constraints import MaxNorm
 from projgd.torch import ball
 
 SMALL = 2**16  # entries; beyond, copying costs more than it saves
+STACK = 2**22  # entries: what is copied stays in a cache
 
 
 def project_(params: Sequence[torch.Tensor], constraint: MaxNorm) -> list[torch.Tensor]:
@@ -34,7 +35,7 @@ def project_(params: Sequence[torch.Tensor], constraint: MaxNorm) -> list[torch.
         else:
             left += some
     for (_, _, axes), stack in stacks.items():
-        each = ball.CHUNK // max(map(torch.numel, stack))
+        each = STACK // max(map(torch.numel, stack))
         for i in range(0, len(stack), each):
             _project_stack(stack[i : i + each], constraint.c, axes)
     return left
