@@ -6,6 +6,8 @@ the addresses of gradients has changed.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,13 @@ from projgd.torch.kernels.batch import Batch
 from projgd.torch.kernels.rules import Adam, Rule, Sgd
 from projgd.torch.optimizers import Projected
 from projgd.torch.project import project_params
-from projgd.torch.settings import constraint_of, vectors_of_update
+from projgd.torch.settings import vectors_of_update
 
 if TYPE_CHECKING:
     from projgd.torch.kernels.cpu_shaped import Shaped
+
+
+_address, _stride = Tensor.data_ptr, Tensor.stride  # for `map`: of many small tensors, all that is asked counts
 
 
 @dataclass
@@ -34,113 +39,124 @@ class Part:
 
     batch: Batch | Shaped
     params: list[Tensor]
-    places: list[int]  # of their gradients among those of the group
+    strides: list[tuple[int, ...]]  # of them and of their gradients
     states: list[dict[str, Tensor]]
-    names: list[str]  # of the states that the kernel reads, one a row of the table from the third on
-    addresses: list[list[int]]  # of these states
+    read: dict[str, list[Tensor]]  # the states that the kernel reads, one name a row of the table from the third on
     table: npt.NDArray[np.int64]
+    addresses: list[list[int]]  # in the table: of parameters and states
     counters: npt.NDArray[np.int64]
     factors: npt.NDArray[np.float64]
 
-    def in_place(self) -> bool:
-        """Whether the states are where they were when the batch was made, and the batch is for more than one graph."""
+    def gradients(self) -> list[Tensor] | None:
+        """The gradients; None if all else is not where it was, or the batch was for one graph only."""
+        grads: list[Any] = [p.grad for p in self.params]
         try:
-            return self.batch.lasting and self.addresses == [
-                [s[name].data_ptr() for s in self.states] for name in self.names
-            ]
-        except KeyError:
-            return False
+            if not self.batch.lasting or any(list(map(_stride, x)) != self.strides for x in (grads, self.params)):
+                return None
+            for name, tensors in self.read.items():
+                if not all(map(operator.is_, map(operator.itemgetter(name), self.states), tensors)):
+                    return None
+        except (TypeError, RuntimeError, KeyError):  # there is no gradient, it is sparse, or a state has gone
+            return None
+        found = [list(map(_address, tensors)) for tensors in (self.params, *self.read.values())]
+        return grads if found == self.addresses else None
 
 
 @dataclass
 class Plan:
-    """What is known of a group: valid while its `_key` is the same and the states have not moved."""
+    """What is known of a group: valid while its `_settings` are the same and its tensors have not moved."""
 
     key: tuple[Any, ...]
     parts: list[Part]
     covered: set[int]  # ids of the parameters in the parts
+    others: list[Tensor]  # that might have been in a part
+    kinds: list[Any]  # why they are not
+    states: list[int]  # ids of all states of the optimizer
+
+    def gradients(self, key: tuple[Any, ...], states: Iterable[Any]) -> list[list[Tensor]] | None:
+        """The gradients of every part; None if anything else has changed."""
+        if key != self.key or list(map(id, states)) != self.states or list(map(_kind, self.others)) != self.kinds:
+            return None
+        found: list[Any] = [part.gradients() for part in self.parts]
+        return None if None in found else found
 
 
 def step(optimizer: Projected) -> list[dict[str, Any]]:
     """Step and project all that the kernels cover. Returns what is left for the eager path, as groups."""
-    constraints = [constraint_of(group) for group in optimizer.param_groups]  # a bad c raises before the first write
     plans: list[Plan | None] = vars(optimizer).setdefault("_plans", [])
-    plans += [None] * (len(constraints) - len(plans))
+    plans += [None] * (len(optimizer.param_groups) - len(plans))
     work: list[tuple[dict[str, Any], Constraint | None, Part, list[Tensor]]] = []
     rest = []
-    for i, (group, constraint) in enumerate(zip(optimizer.param_groups, constraints, strict=True)):
-        known = None
-        if path.of_group(group, constraint):
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            known = plans[i]
-            key = _key(optimizer, group, constraint, params, grads)
-            if known is None or known.key != key or not all(part.in_place() for part in known.parts):
-                known = plans[i] = _plan(optimizer, group, constraint, params, grads)
-            work += [(group, constraint, part, [grads[j] for j in part.places]) for part in known.parts]
-        if known is None or len(known.covered) < len(group["params"]):
-            rest.append(_without(group, known.covered if known else set()))
-    for group, constraint, part, grads in work:
-        _run(optimizer, group, constraint, part, grads)
+    for i, (group, seen) in enumerate(zip(optimizer.param_groups, optimizer._seen, strict=True)):
+        known, constraint = plans[i], seen.constraint
+        key = (seen.params, *_settings(optimizer, group, constraint))
+        grads = None if known is None else known.gradients(key, optimizer.state.values())
+        if known is None or grads is None:
+            known = plans[i] = _plan(optimizer, group, constraint, key)
+            grads = [_gradients(part.params) for part in known.parts]
+        work += [(group, constraint, *each) for each in zip(known.parts, grads, strict=True)]
+        if len(known.covered) < len(group["params"]):
+            rest.append(_without(group, known.covered))
+    for group, constraint, part, theirs in work:
+        _run(optimizer, group, constraint, part, theirs)
     return [group for group in rest if group["without_grad"] or any(p.grad is not None for p in group["params"])]
 
 
-def _key(
-    optimizer: Projected,
-    group: dict[str, Any],
-    constraint: Constraint | None,
-    params: list[Tensor],
-    grads: list[Tensor],
-) -> tuple[Any, ...]:
+def _settings(optimizer: Projected, group: dict[str, Any], constraint: Constraint | None) -> tuple[Any, ...]:
+    """What a plan depends on, but for the tensors."""
+    shaped = group["update"] is not None
     return (
+        bool(path.of_group(group, constraint)),
         constraint is None,
         getattr(constraint, "axis", None),
         group.get("momentum", 0) != 0,
         group.get("amsgrad"),
         group["metric"],
-        group["update"],
-        *(() if group["update"] is None else (constraint, [id(optimizer._radius_of(p)) for p in params])),
-        list(map(id, optimizer.state.values())),
-        list(map(id, params)),
-        [p.data_ptr() for p in params],
-        [p.stride() for p in params],
-        [g.stride() if g.layout is torch.strided else None for g in grads],
+        *((group["update"], constraint, [id(optimizer._radius_of(p)) for p in group["params"]]) if shaped else ()),
     )
 
 
-def _plan(
-    optimizer: Projected,
-    group: dict[str, Any],
-    constraint: Constraint | None,
-    params: list[Tensor],
-    grads: list[Tensor],
-) -> Plan:
+def _kind(p: Tensor) -> Any:
+    """What says whether a parameter that is in no part might be in one."""
+    if (grad := p.grad) is None:
+        return None
+    return p.data_ptr(), p.stride(), grad.stride() if grad.layout is torch.strided else None
+
+
+def _gradients(params: list[Tensor]) -> list[Any]:
+    return [p.grad for p in params]
+
+
+@torch.no_grad()
+def _plan(optimizer: Projected, group: dict[str, Any], constraint: Constraint | None, key: tuple[Any, ...]) -> Plan:
+    if not path.of_group(group, constraint):
+        return Plan(key, [], set(), [], [], list(map(id, optimizer.state.values())))
     sgd = optimizer.inner is SGD
     if sgd:
         names = ["momentum_buffer"] if group["momentum"] != 0 else []
     else:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
-    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for j, p in enumerate(params):
-        known = path.of_step(optimizer, group, constraint, p, _in_metric(optimizer, group))
+    by_memory: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in group["params"]:
+        known = p.grad is not None and path.of_step(optimizer, group, constraint, p, _in_metric(optimizer, group))
         if known and _has_usual_state(optimizer, p, names):
-            places.setdefault((p.device, p.dtype), []).append(j)
+            by_memory.setdefault((p.device, p.dtype), []).append(p)
     parts = []
-    for chosen in places.values():
-        mine = [params[j] for j in chosen]
+    for mine in by_memory.values():
         fresh = [p for p in mine if not optimizer.state.get(p)]
         if names and fresh:  # the optimizer's own way to make a state
             inner: Any = optimizer
             inner._init_group({**group, "params": fresh}, *([] for _ in range(3 if sgd else 6)))
         starts = [False] * len(mine)
         if sgd and names:
-            for i, (p, j) in enumerate(zip(mine, chosen, strict=True)):
+            for i, p in enumerate(mine):
                 starts[i] = optimizer.state[p].get("momentum_buffer") is None
                 if starts[i]:
-                    optimizer.state[p]["momentum_buffer"] = torch.empty_like(grads[j])
-        parts.append(_part(optimizer, _batch(optimizer, group, constraint, mine), mine, chosen, names, starts))
+                    optimizer.state[p]["momentum_buffer"] = torch.empty_like(p)
+        parts.append(_part(optimizer, _batch(optimizer, group, constraint, mine), mine, names, starts))
     covered = {id(p) for part in parts for p in part.params}
-    return Plan(_key(optimizer, group, constraint, params, grads), parts, covered)
+    others = [p for p in group["params"] if id(p) not in covered]
+    return Plan(key, parts, covered, others, list(map(_kind, others)), list(map(id, optimizer.state.values())))
 
 
 def _batch(
@@ -161,29 +177,22 @@ def _batch(
 
 
 def _part(
-    optimizer: Projected,
-    made: Batch | Shaped,
-    params: list[Tensor],
-    places: list[int],
-    names: list[str],
-    starts: list[bool],
+    optimizer: Projected, made: Batch | Shaped, params: list[Tensor], names: list[str], starts: list[bool]
 ) -> Part:
     states = [optimizer.state[p] for p in params] if names else []
-    addresses = [[s[name].data_ptr() for s in states] for name in names]
-    weights = [p.data_ptr() for p in params]
-    last = addresses[-1] if names else weights
-    counters = [s["step"].data_ptr() for s in states if "step" in s]
+    read = {name: [s[name] for s in states] for name in names}
+    weights, *rest = addresses = [list(map(_address, tensors)) for tensors in (params, *read.values())]
     factors = np.zeros((len(params), 2))
     factors[:, 0] = starts
     return Part(
         batch=made,
         params=params,
-        places=places,
+        strides=list(map(_stride, params)),
         states=states,
-        names=names,
+        read=read,
+        table=np.array([weights, weights, *rest, *[addresses[-1]] * (3 - len(names))], dtype=np.int64),
         addresses=addresses,
-        table=np.array([weights, weights, *addresses, *[last] * (3 - len(names))], dtype=np.int64),
-        counters=np.array(counters, dtype=np.int64),
+        counters=np.array([s["step"].data_ptr() for s in states if "step" in s], dtype=np.int64),
         factors=factors,
     )
 
@@ -204,7 +213,7 @@ def _has_usual_state(optimizer: Projected, p: Tensor, names: list[str]) -> bool:
 def _run(
     optimizer: Projected, group: dict[str, Any], constraint: Constraint | None, part: Part, grads: list[Tensor]
 ) -> None:
-    part.table[1] = [g.data_ptr() for g in grads]
+    part.table[1] = list(map(_address, grads))
     sgd = optimizer.inner is SGD
     rule: Rule = _sgd(group) if sgd else _adam(group)
     if isinstance(part.batch, Batch):
@@ -216,8 +225,9 @@ def _run(
         left = [] if isinstance(constraint, Sphere) else part.params
     if sgd:
         part.factors.fill(0)
-    metric = metrics.after_step(optimizer, optimizer.inner, group, {})
-    project_params(left, constraint, None, metric)
+    if left:
+        with torch.no_grad():
+            project_params(left, constraint, None, metrics.after_step(optimizer, optimizer.inner, group, {}))
     torch.autograd.graph.increment_version(part.params)
 
 

@@ -122,15 +122,17 @@ class Projected(Optimizer):
         fused_step = None if args or kwargs else path.stepper(self)
         if fused_step is None:
             return self._eager_step(closure, *args, **kwargs)
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        with torch.no_grad():
-            if left := fused_step(self):
-                groups, self.param_groups = self.param_groups, left
-                try:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if left := fused_step(self):
+            groups, self.param_groups = self.param_groups, left
+            try:
+                with torch.no_grad():
                     self._eager_step(None)
-                finally:
-                    self.param_groups = groups
+            finally:
+                self.param_groups = groups
         self._note_moved()
         self._has_projected = True
         return loss
@@ -230,7 +232,7 @@ class Projected(Optimizer):
         """Check what has been changed in the groups since they were last seen, and let it hold from now on."""
         if len(self._seen) != len(self.param_groups) or not all(map(_Seen.still, self._seen, self.param_groups)):
             self._adopt_changed_settings()
-        if not torch.compiler.is_compiling() and self._has_projected is False:
+        if self._has_projected is False and not torch.compiler.is_compiling():
             for i, group in enumerate(self.param_groups):  # once more: the model may have been wrapped since
                 settings.check(settings.constraint_of(group), settings.named(group, i), group["metric"])
 
@@ -348,10 +350,12 @@ class _Seen:
     group: dict[str, Any]
     settings: dict[str, Any]
     params: list[int]  # ids: a wrapper that puts others in their place wants them gone
+    constraint: Constraint | None  # in force
 
     @classmethod
     def of(cls, group: dict[str, Any], own: Mapping[str, Any] | None = None) -> _Seen:
-        return cls(group, {k: (own or group)[k] for k in settings.KEYS}, list(map(id, group["params"])))
+        known = {k: (own or group)[k] for k in settings.KEYS}
+        return cls(group, known, list(map(id, group["params"])), settings.constraint_of(known))
 
     def has(self, params: list[torch.Tensor]) -> bool:
         return list(map(id, params)) == self.params

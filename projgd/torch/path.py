@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KERNELS = (SGD, Adam, AdamW)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """Where the kernels for a device are, and what they need."""
 
@@ -86,8 +86,11 @@ SHAPED = Path("fused", "one numba kernel measures the update and then moves the 
 
 def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]] | None:
     """The function that takes what it can of a step in fused kernels; None where nothing can be fused."""
-    if not of_optimizer(optimizer):
-        return None
+    return _stepper() if of_optimizer(optimizer) else None
+
+
+@functools.cache
+def _stepper() -> Callable[[Projected], list[dict[str, Any]]]:
     from projgd.torch import fused
 
     return fused.step
@@ -273,8 +276,8 @@ def alike(a: torch.Tensor, p: torch.Tensor) -> bool:
 def _any_machine(tensors: Sequence[torch.Tensor]) -> Path:
     """Whether there are kernels for the device of one of these tensors."""
     found = FUSED
-    for kind in {p.device.type for p in tensors}:
-        found = _machine(kind)
+    for p in tensors:
+        found = _machine(p.device.type)
         if found:
             break
     return found

@@ -492,3 +492,14 @@ def test_many_processes_may_compile_at_once(tmp_path):
     for dtype, first in (("float32", outputs[0]), ("bfloat16", outputs[1])):
         assert start(dtype, **cache).communicate()[0] == first[0]
     assert compiled == {f.name: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")}  # found, not made again
+
+
+def test_weights_that_are_turned_over_in_their_memory_are_noticed():
+    """Same parameter, same address, same shape, same gradient: but its rows lie elsewhere."""
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    opt = ProjectedSGD([p], lr=0.1, c=1.0, fused=True)
+    p.grad = -p.detach().clone()
+    opt.step()
+    p.data = p.data.t()
+    opt.step()
+    assert bool((p.detach().double().norm(dim=1) <= 1.0).all())

@@ -76,22 +76,25 @@ def threads_for(entries: int) -> int:
     return min(torch.get_num_threads(), MOST_THREADS, 1 + entries // SHARE)
 
 
-@contextlib.contextmanager
-def launching(threads: int, kernel: Any, variant: tuple[Any, ...]) -> Iterator[None]:
+def launching(threads: int, kernel: Any, variant: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
     """Alone in this process, on so many threads; alone on this machine where the kernel may have to be compiled."""
+    as_it_is = threads == MOST_THREADS and (kernel, variant) in _ready
+    return _launch if as_it_is else _prepared(threads, kernel, variant)
+
+
+@contextlib.contextmanager
+def _prepared(threads: int, kernel: Any, variant: tuple[Any, ...]) -> Iterator[None]:
     of_torch = torch.get_num_threads()
     before = numba.get_num_threads()
     if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP that both use how many
         torch.set_num_threads(of_torch)
     with _launch, contextlib.nullcontext() if (kernel, variant) in _ready else _alone():
-        if threads != before:
-            numba.set_num_threads(threads)
+        numba.set_num_threads(min(threads, before))
         try:
             yield
             _ready.add((kernel, variant))
         finally:
-            if threads != before:
-                numba.set_num_threads(before)
+            numba.set_num_threads(before)
 
 
 @contextlib.contextmanager
