@@ -503,3 +503,18 @@ def test_weights_that_are_turned_over_in_their_memory_are_noticed():
     p.data = p.data.t()
     opt.step()
     assert bool((p.detach().double().norm(dim=1) <= 1.0).all())
+
+
+@pytest.mark.parametrize("c", [None, 1.0])
+def test_a_momentum_that_lies_otherwise_in_memory_than_its_weights(c):
+    """The optimizer makes it as the first gradient lies; torch's own fused kernel would read it row by row."""
+    start, turned, usual = (torch.randn(6, 6) for _ in range(3))
+    found = []
+    for fused in (True, False):
+        p = torch.nn.Parameter(start.clone())
+        opt = ProjectedSGD([p], lr=0.1, momentum=0.9, c=c, fused=fused)
+        for grad in (turned.t(), usual):
+            p.grad = grad.clone()
+            opt.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
