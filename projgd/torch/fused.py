@@ -256,9 +256,11 @@ def _lr(group: dict[str, Any]) -> Any:
 def _without(optimizer: Projected, group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
     """A group without some of its parameters; stepped by torch's own fused kernels only where these are sound."""
     left = [j for j, p in enumerate(group["params"]) if id(p) not in covered]
+    stepped = [p for p in (group["params"][j] for j in left) if p.grad is not None]
+    starts = {optimizer.state.get(p, {}).get("momentum_buffer") is None for p in stepped}  # that of SGD takes one kind
     return {
         **group,
-        "fused": bool(group.get("fused")) and all(_is_sound(optimizer, group["params"][j]) for j in left),
+        "fused": bool(group.get("fused")) and len(starts) < 2 and all(_is_sound(optimizer, p) for p in stepped),
         **{k: [group[k][j] for j in left] for k in ("params", "param_names") if k in group},
     }
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from projgd import MaxNorm, NonNegative, projections
+from projgd import MaxNorm, NonNegative, TangentUpdate, projections
 from projgd.axes import Split
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedRMSprop, ProjectedSGD
 from tests.torch.option_sets import EVERY, IDS
@@ -517,4 +517,19 @@ def test_a_momentum_that_lies_otherwise_in_memory_than_its_weights(c):
             p.grad = grad.clone()
             opt.step()
         found.append(p.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_parameters_that_the_kernels_leave_may_get_their_first_gradients_at_different_steps():
+    """torch's own fused SGD takes parameters with a momentum, or parameters without, but not both."""
+    start, grads = torch.randn(2, 7), torch.randn(2, 7)
+    found = []
+    for fused in (True, False):
+        weight, first, second = (torch.nn.Parameter(x) for x in (torch.eye(7), start[0].clone(), start[1].clone()))
+        opt = ProjectedSGD([weight, first, second], lr=0.1, momentum=0.9, c=1.0, update=TangentUpdate(), fused=fused)
+        weight.grad, first.grad = torch.ones(7, 7), grads[0]
+        opt.step()
+        second.grad = grads[1]
+        opt.step()
+        found.append([p.detach() for p in (weight, first, second)])
     torch.testing.assert_close(*found)
