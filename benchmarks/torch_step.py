@@ -66,7 +66,7 @@ class Contenders:
             "fused + renorm_ loop": self._then(lambda p: p.renorm_(2, 0, c)),
             "projgd, default": self._sharing(self.ours, c=c).step,
             "projgd, hook on fused": self._hooked(c).step,
-            "projgd, fused, no numba": hiding(("stepper", "projector"), self._sharing(self.ours, c=c, fused=True).step),
+            "projgd, fused, no numba": hiding(["_machine"], self._sharing(self.ours, c=c, fused=True).step),
         }
         if importlib.util.find_spec("numba"):
             steps["projgd, fused"] = self._sharing(self.ours, c=c, fused=True).step
@@ -95,7 +95,7 @@ class Contenders:
 
 
 def hiding(what: Iterable[str], step: Step) -> Step:
-    """`step` where `projgd.torch.path` finds no fused kernels ("stepper"), or none that project ("projector")."""
+    """`step` where `projgd.torch.path` finds no fused step ("stepper") or no kernels at all ("_machine")."""
 
     def hidden() -> None:
         kept = {name: getattr(path, name) for name in what}

@@ -7,11 +7,15 @@ Norms are summed in blocks of `BLOCK` entries in float32, and from there on in f
 block, that errs by at most (BLOCK + 1) / 2 + 1 units (Higham, Accuracy and Stability of Numerical Algorithms, section
 4.2): within the 36 that `projections.guard` allows for. CUDA sums all in float64, which costs nothing beside the
 reading of the weights, and where no square of a float32 over- or underflows.
+
+A plain norm of n entries, the faster one, may err by n / 2 units, but shows that nothing is near the ball (`_of_rows`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import array_api_compat.torch as xp
@@ -31,6 +35,11 @@ def takes(p: torch.Tensor) -> bool:
     return type(p) in (torch.Tensor, torch.nn.Parameter) and not torch.is_grad_enabled()
 
 
+def usual(c: float) -> bool:
+    """Whether the squares of norms near c are far from both ends of float32."""
+    return 2.0**-40 <= c <= 2.0**60
+
+
 def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> bool:
     """Put every vector of `p` that is longer than `c` on the ball of radius c. No other bit of `p` changes.
 
@@ -42,10 +51,9 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> bool:
         return True
     x, axes = p.reshape(vectors.shape), vectors.axes
     limits = ball_limits(p.dtype, vectors, c)
-    # Near c the squares must be far from both ends of float32.
-    plain = axes and x.numel() and x.dtype != torch.float64 and not limits.fill and 2.0**-40 <= c <= 2.0**60
+    plain = axes and x.numel() and x.dtype != torch.float64 and not limits.fill and usual(c)
     if plain and x.device.type == "cpu":
-        return _blocked(x, limits, axes, c)
+        return not _blocked([x], limits, axes, c) <= limits.threshold
     if plain and x.device.type == "cuda":
         _branch_free(x, limits, axes)
     else:
@@ -69,24 +77,58 @@ def ball_limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
     return projections.ball_limits(kind, vectors.shape, vectors.axes, c, xp)
 
 
-def _blocked(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...], c: float) -> bool:
-    """Project x on a CPU, and say whether anything may have been written."""
-    wide = x.float()  # x itself where it is float32
-    found = norms(wide, axes)
+def project_rows_(xs: Sequence[torch.Tensor], c: float, longest: int, near: bool) -> bool:
+    """Project the rows of float32 matrices on a CPU, all with the limits of the `longest`; returns whether one is near.
+
+    If none was `near` the last time, plain norms are tried first.
+    """
+    limits, safe = _of_rows(longest, c)
+    if not near and all(_norm(x, 2, 1).max().item() <= safe for x in xs):
+        return False
+    return not _blocked(xs, limits, (1,), c) <= safe
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_rows(length: int, c: float) -> tuple[BallLimits, float]:
+    """The limits of rows, and what torch's plain norm in float32 exceeds for each that may have to be moved.
+
+    Squares added in any order err by n / (1 - n) of their sum, n = length units (Higham's gamma), and `norms` may find
+    more than the threshold where the norm is 2 * threshold - c.
+    """
+    limits, n = ball_limits(torch.float32, Vectors((1, length), (1,)), c), min(length * 2.0**-24, 0.5)
+    return limits, (2 * limits.threshold - c) * math.sqrt(1 - n / (1 - n)) * (1 - 2.0**-22)
+
+
+def _blocked(xs: Sequence[torch.Tensor], limits: BallLimits, axes: tuple[int, ...], c: float) -> float:
+    """Project what lies on a CPU, several arrays only if they are matrices; returns the largest norm there was, or NaN.
+
+    Nothing is written where that is within the threshold.
+    """
+    wide = [x.float() for x in xs]  # x itself where it is float32
+    each = [norms(x, axes) for x in wide]
+    found = each[0] if len(xs) == 1 else torch.cat(each)
     largest = found.max().item()
     if largest <= limits.threshold:
-        return False
+        return largest
     if largest < FAR:
-        factor = (limits.target / torch.threshold(found, limits.threshold, limits.target)).float()  # or 1
-        if wide is x:
-            x.mul_(factor)
-        else:
-            x.copy_(wide.mul_(factor))
+        factor = torch.empty(found.shape)  # target / norm, or 1
+        torch.div(_number(limits.target), torch.threshold_(found, limits.threshold, limits.target), out=factor)
+        factors = [factor] if len(xs) == 1 else factor.split_with_sizes([x.shape[0] for x in xs])
+        for x, w, by in zip(xs, wide, factors, strict=True):
+            w.mul_(by)
+            if w is not x:
+                x.copy_(w)
     else:  # a NaN, too; the others first: the next step may find them alone, and must have nothing to do
-        outside = (found > limits.threshold) & (found < FAR)
-        x.copy_(torch.where(outside, wide.mul((limits.target / found).float()).to(x.dtype), x))
-        x.copy_(projections.project_ball(x, c, axes, xp))
-    return True
+        for x, w, n in zip(xs, wide, each, strict=True):
+            outside = (n > limits.threshold) & (n < FAR)
+            x.copy_(torch.where(outside, w.mul((limits.target / n).float()).to(x.dtype), x))
+            x.copy_(projections.project_ball(x, c, axes, xp))
+    return largest
+
+
+@functools.lru_cache(maxsize=64)
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _branch_free(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> None:
@@ -108,6 +150,7 @@ class _Plan:
     block: int
     shape: list[int]  # of the norms, in the order of memory
     back: list[int]  # from there to the order of the array
+    cut: list[int] | None  # (vectors, blocks, block) where that is what a contiguous array is
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,12 +174,18 @@ def _plan(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...]
     if beyond:  # blocks without a remainder where they are not much shorter
         block = next((b for b in range(block, block // 2, -1) if runs[beyond[0]] % b == 0), block)
     kept = [1 if a in axes else shape[a] for a in order]
-    return _Plan(order, runs, within, beyond, block, kept, [order.index(a) for a in range(len(shape))])
+    back = [order.index(a) for a in range(len(shape))]
+    simple = reduced == [False, True] and beyond and runs[1] % block == 0 and back == order == sorted(order)
+    cut = [runs[0], runs[1] // block, block] if simple else None
+    return _Plan(order, runs, within, beyond, block, kept, back, cut)
 
 
 def norms(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     """‖x‖₂ of float32 vectors in float64, reduced axes kept with size 1. Squares may over- or underflow."""
-    plan = _plan(tuple(x.shape), x.stride(), axes)
+    plan = _plan(x.shape, x.stride(), axes)
+    if plan.cut and x.is_contiguous():
+        rows: torch.Tensor = _norm(_norm(x.view(plan.cut), 2, 2), 2, 1, dtype=torch.float64)
+        return rows.view(plan.shape)
     y = x.permute(plan.order).reshape(plan.runs)
     if not plan.beyond:
         found: torch.Tensor = _norm(y, dim=plan.within, keepdim=True).double()

@@ -85,15 +85,19 @@ SHAPED = Path("fused", "one numba kernel measures the update and then moves the 
 
 
 def stepper(optimizer: Projected) -> Callable[[Projected], list[dict[str, Any]]] | None:
-    """The function that takes what it can of a step in fused kernels; None where nothing can be fused."""
-    return _stepper() if of_optimizer(optimizer) else None
+    """The function that takes what it can of a step asked for with fused=True; None where that is nothing."""
+    return _stepper(bool(_of_machine(optimizer))) if _of_moment(optimizer) else None
 
 
 @functools.cache
-def _stepper() -> Callable[[Projected], list[dict[str, Any]]]:
-    from projgd.torch import fused
+def _stepper(kernels: bool) -> Callable[[Projected], list[dict[str, Any]]]:
+    if kernels:
+        from projgd.torch import fused
 
-    return fused.step
+        return fused.step
+    from projgd.torch import pieces
+
+    return pieces.step
 
 
 def projector(
@@ -156,6 +160,14 @@ def _alone(
 
 def of_optimizer(optimizer: Projected) -> Path:
     """What the optimizer's class, the machine and this moment allow."""
+    return _of_moment(optimizer) and _of_machine(optimizer)
+
+
+def _of_machine(optimizer: Projected) -> Path:
+    return _any_machine([group["params"][0] for group in optimizer.param_groups if group["params"]])
+
+
+def _of_moment(optimizer: Projected) -> Path:
     if torch.compiler.is_compiling():
         return Path("eager", "torch.compile makes its own kernels")
     if not any(group.get("fused") for group in optimizer.param_groups):
@@ -164,7 +176,7 @@ def of_optimizer(optimizer: Projected) -> Path:
         return Path("eager", f"there is no fused kernel for {optimizer.inner.__name__}, only for SGD, Adam and AdamW")
     if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
         return Path("eager", "GradScaler has a say in this step")
-    return _any_machine([group["params"][0] for group in optimizer.param_groups if group["params"]])
+    return FUSED
 
 
 def of_group(group: Mapping[str, Any], constraint: Constraint | None) -> Path:

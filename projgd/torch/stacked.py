@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,32 +18,52 @@ SMALL = 2**16  # entries; beyond, copying costs more than it saves
 STACK = 2**22  # entries: what is copied stays in a cache
 
 
-def project_(params: Sequence[torch.Tensor], constraint: MaxNorm) -> list[torch.Tensor]:
-    """Project the small ones of `params` on a CPU, stacked along the first axis. Returns those that are left."""
-    alike: dict[Any, list[torch.Tensor]] = defaultdict(list)
-    for p in params:
-        alike[type(p), p.device, p.dtype, p.shape].append(p)
-    stacks: dict[Any, list[torch.Tensor]] = defaultdict(list)
+@dataclass(frozen=True)
+class Stack:
+    """Which of some parameters may be stacked along the first axis, in which shapes, and the axes of their vectors."""
+
+    places: list[int]
+    shapes: list[tuple[int, ...]]
+    axes: tuple[int, ...]
+
+    def project_(self, params: Sequence[torch.Tensor], c: float) -> None:
+        """Project those of `params` that are in the stack."""
+        views = [params[j] for j in self.places]
+        views = [p if p.shape == s else p.reshape(s) for p, s in zip(views, self.shapes, strict=True)]
+        whole = torch.cat(views) if len(views) > 1 else views[0]
+        written = ball.project_ball_(whole, c, Vectors(tuple(whole.shape), self.axes))
+        if written and len(views) > 1:
+            torch._foreach_copy_(views, torch.split_with_sizes(whole, [s[0] for s in self.shapes]))
+
+
+def stacks(params: Sequence[torch.Tensor], constraint: MaxNorm) -> tuple[list[Stack], list[int]]:
+    """The stacks of small ones on a CPU, and the places of those others that have something to be projected."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for j, p in enumerate(params):
+        alike[type(p), p.device, p.dtype, p.shape].append(j)
+    found: dict[Any, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
     left = []
-    for (_, device, dtype, shape), some in alike.items():
+    for (_, device, dtype, shape), places in alike.items():
         vectors = constraint.resolve(tuple(shape), "out_first")
         if vectors is None:  # nothing of them is projected
             continue
         small = device.type == "cpu" and 0 < math.prod(shape) <= SMALL and 0 not in vectors.axes
-        if small and vectors.axes and ball.takes(some[0]):
-            views = some if vectors.shape == shape else [p.reshape(vectors.shape) for p in some]
-            stacks[dtype, vectors.shape[1:], vectors.axes] += views
+        if small and vectors.axes and ball.takes(params[places[0]]):
+            found[dtype, vectors.shape[1:], vectors.axes] += [(j, vectors.shape) for j in places]
         else:
-            left += some
-    for (_, _, axes), stack in stacks.items():
-        each = STACK // max(map(torch.numel, stack))
-        for i in range(0, len(stack), each):
-            _project_stack(stack[i : i + each], constraint.c, axes)
-    return left
+            left += places
+    made = []
+    for (_, _, axes), members in found.items():
+        each = STACK // max(math.prod(shape) for _, shape in members)
+        for i in range(0, len(members), each):
+            places, shapes = map(list, zip(*members[i : i + each], strict=True))
+            made.append(Stack(places, shapes, axes))
+    return made, left
 
 
-def _project_stack(stack: list[torch.Tensor], c: float, axes: tuple[int, ...]) -> None:
-    whole = torch.cat(stack) if len(stack) > 1 else stack[0]
-    written = ball.project_ball_(whole, c, Vectors(tuple(whole.shape), axes))
-    if written and len(stack) > 1:
-        torch._foreach_copy_(stack, torch.split_with_sizes(whole, [x.shape[0] for x in stack]))
+def project_(params: Sequence[torch.Tensor], constraint: MaxNorm) -> list[torch.Tensor]:
+    """Project the small ones of `params` on a CPU. Returns those that are left."""
+    made, left = stacks(params, constraint)
+    for stack in made:
+        stack.project_(params, constraint.c)
+    return [params[j] for j in left]

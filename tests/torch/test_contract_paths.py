@@ -29,8 +29,7 @@ C = 3.7
 def machine(request, monkeypatch):
     """With the kernels and without, as far as numba goes: the operations of PyTorch hold the contract, too."""
     if request.param == "no-numba":
-        monkeypatch.setattr(path, "stepper", lambda optimizer: None)
-        monkeypatch.setattr(path, "projector", lambda params, constraint, metric: None)
+        monkeypatch.setattr(path, "_machine", lambda kind: path.Path("eager", "numba is not installed"))
 
 
 def make(shape, dtype):
