@@ -87,21 +87,20 @@ def _operands(optimizer: Projected, group: Mapping[str, Any]) -> list[list[Tenso
     else:
         names = ["exp_avg", "exp_avg_sq", "step"]
     params = [p for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
     states = [optimizer.state.get(p, {}) for p in params] if names else []
-    operands = [params, [p.grad for p in params], *([state.get(name) for state in states] for name in names)]
-    if not params or not all(map(_are_plain, operands)):
+    moments = [[state.get(name) for state in states] for name in names]
+    plain = all(map(_are_plain, (params, grads, *moments))) and not any(map(Tensor.is_neg, grads))
+    if not params or not plain or not all(t.is_cpu for column in (params, *moments) for t in column):
         return None
-    sizes = list(map(Tensor.numel, params))
-    return operands if all(list(map(Tensor.numel, o)) == sizes for o in operands[2:4]) else None
+    sizes = list(map(Tensor.numel, params)) if names else []
+    fit = all(list(map(Tensor.numel, column)) == sizes for column in moments[:2])
+    return [params, grads, *moments] if fit else None
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and all(map(Tensor.is_contiguous, tensors))
-        and {(t.dtype, t.is_cpu) for t in tensors} == {(torch.float32, True)}
-        and not any(map(Tensor.is_neg, tensors))
-    )
+    usual = PLAIN.issuperset(map(type, tensors)) and all(map(Tensor.is_contiguous, tensors))
+    return usual and {t.dtype for t in tensors} == {torch.float32}
 
 
 def _step(plan: Plan, sgd: bool, group: Mapping[str, Any], operands: list[list[Tensor]], constraint: MaxNorm) -> None:
@@ -158,7 +157,9 @@ def _adam(group: Mapping[str, Any]) -> Update:
 
 
 def _plan(key: tuple[Any, ...], params: list[Tensor], constraint: MaxNorm) -> Plan:
-    shapes = [_rows(p.shape, constraint) if p.numel() > stacked.SMALL else None for p in params]
+    stacks, left = stacked.stacks(params, constraint)
+    alone = {*left, *(j for stack in stacks if len(stack.places) == 1 for j in stack.places)}
+    shapes = [_rows(p.shape, constraint) if j in alone else None for j, p in enumerate(params)]
     rest = [j for j, shape in enumerate(shapes) if shape is None]
     return Plan(key, _batches(shapes), rest, *stacked.stacks([params[j] for j in rest], constraint))
 

@@ -23,17 +23,19 @@ class Stack:
     """Which of some parameters may be stacked along the first axis, in which shapes, and the axes of their vectors."""
 
     places: list[int]
-    shapes: list[tuple[int, ...]]
+    shapes: list[tuple[int, ...]] | None  # None where that is what they have
+    heights: list[int]
     axes: tuple[int, ...]
 
     def project_(self, params: Sequence[torch.Tensor], c: float) -> None:
         """Project those of `params` that are in the stack."""
         views = [params[j] for j in self.places]
-        views = [p if p.shape == s else p.reshape(s) for p, s in zip(views, self.shapes, strict=True)]
+        if self.shapes is not None:
+            views = [p.reshape(shape) for p, shape in zip(views, self.shapes, strict=True)]
         whole = torch.cat(views) if len(views) > 1 else views[0]
         written = ball.project_ball_(whole, c, Vectors(tuple(whole.shape), self.axes))
         if written and len(views) > 1:
-            torch._foreach_copy_(views, torch.split_with_sizes(whole, [s[0] for s in self.shapes]))
+            torch._foreach_copy_(views, torch.split_with_sizes(whole, self.heights))
 
 
 def stacks(params: Sequence[torch.Tensor], constraint: MaxNorm) -> tuple[list[Stack], list[int]]:
@@ -57,7 +59,8 @@ def stacks(params: Sequence[torch.Tensor], constraint: MaxNorm) -> tuple[list[St
         each = STACK // max(math.prod(shape) for _, shape in members)
         for i in range(0, len(members), each):
             places, shapes = map(list, zip(*members[i : i + each], strict=True))
-            made.append(Stack(places, shapes, axes))
+            same = all(params[j].shape == shape for j, shape in members[i : i + each])
+            made.append(Stack(places, None if same else shapes, [shape[0] for shape in shapes], axes))
     return made, left
 
 
