@@ -47,7 +47,7 @@ def steps(rate: float) -> dict[str, Callable[[], object]]:
             ours.state = plain.state
             found[f"{metric}, {bound}: fused"] = ours.step
             found[f"{metric}, {bound}: after torch's step"] = hiding(["stepper"], ours.step)
-            found[f"{metric}, {bound}: without numba"] = hiding(["stepper", "projector"], ours.step)
+            found[f"{metric}, {bound}: without numba"] = hiding(["_machine"], ours.step)
     return found
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     for optimizer in ways.values():
         optimizer.state = plain.state  # the same moments
     steps = {PLAIN: plain.step} | {name: optimizer.step for name, optimizer in ways.items()}
-    steps |= {f"{name}, no numba": hiding(("stepper", "projector"), steps[name]) for name in ways}
+    steps |= {f"{name}, no numba": hiding(["_machine"], steps[name]) for name in ways}
     taken = interleaved(steps, 30)
     print(f"{workload}, {torch.get_num_threads()} threads")
     for name, times in taken.items():

@@ -19,7 +19,6 @@ from projgd import projections
 from projgd.constraints import MaxNorm
 from projgd.torch import ball, path, stacked
 from projgd.torch.project import project_
-from projgd.torch.settings import constraint_of
 from projgd.torch.stacked import Stack
 
 if TYPE_CHECKING:
@@ -51,12 +50,13 @@ class Plan:
     left: list[int]  # of these, those projected one by one
 
 
+@torch.no_grad()
 def step(optimizer: Projected) -> list[dict[str, Any]]:
     """Step and project the groups in which nothing is special. Returns the others."""
-    constraints = [constraint_of(group) for group in optimizer.param_groups]  # a bad c raises before the first write
     plans: dict[int, Plan] = vars(optimizer).setdefault("_piece_plans", {})
     left = []
-    for i, (group, constraint) in enumerate(zip(optimizer.param_groups, constraints, strict=True)):
+    for i, (group, seen) in enumerate(zip(optimizer.param_groups, optimizer._seen, strict=True)):
+        constraint = seen.constraint
         operands = _operands(optimizer, group) if _is_usual(group, constraint) else None
         if operands is None or not isinstance(constraint, MaxNorm):
             left.append(group)

@@ -1,0 +1,139 @@
+"""The fused step without kernels: in pieces, with the optimizer's own numbers, and no vector let out between them."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from projgd import MaxNorm, projections
+from projgd.axes import Split
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, ball, path, pieces, stacked
+from tests.torch.option_sets import EVERY, IDS
+from tests.torch.test_fused import STOCK, check_contract, check_steps, give_grads, make
+
+SHAPES = [(40, 30), (40, 30), (7, 419), (5, 3, 3, 3), (64,), (1, 1), (300, 1), (2, 701), (30, 64)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """No kernels; and pieces of a few rows, so that these tensors are cut."""
+    monkeypatch.setattr(path, "_machine", lambda kind: path.Path("eager", "numba is not installed"))
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    monkeypatch.setattr(stacked, "SMALL", 100)
+
+
+def spans(optimizer):
+    """The batches of an optimizer's first group."""
+    return vars(optimizer)["_piece_plans"][0].batches
+
+
+@pytest.mark.parametrize(("cls", "options"), EVERY, ids=IDS)
+def test_where_nothing_binds_a_step_is_the_stock_one(cls, options):
+    check_steps(cls, options, torch.float32, 1e4, SHAPES, 6, "eager")
+
+
+@pytest.mark.parametrize("axis", ["fan_in", "matrix", 0, -1, Split(0, 1, (1, 2))])
+@pytest.mark.parametrize("cls", [ProjectedSGD, ProjectedAdam, ProjectedAdamW])
+def test_what_a_step_leaves_is_in_the_ball(cls, axis):
+    shapes = SHAPES if axis in ("fan_in", "matrix") else [s for s in SHAPES if len(s) == 2]
+    ours, theirs = make(shapes, torch.float32), make(shapes, torch.float32)
+    optimizer, stock = cls(ours, lr=0.1, c=3.0, axis=axis, fused=True), STOCK[cls](theirs, lr=0.1, fused=True)
+    for i in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            b.data.copy_(a.data)
+        give_grads(ours, i), give_grads(theirs, i)
+        optimizer.step(), stock.step()
+        for a, b in zip(ours, theirs, strict=True):
+            check_contract(b.detach(), a, 3.0, axis, torch.float32)
+            torch.testing.assert_close(a.detach(), MaxNorm(3.0, axis).project(b.detach()), rtol=1e-6, atol=3e-7)
+    of_rows = axis in ("fan_in", "matrix") or isinstance(axis, Split) or axis == -1
+    assert (len(spans(optimizer)) > 5) == of_rows
+
+
+def test_the_first_vector_that_leaves_is_seen_whatever_was_before():
+    w = torch.nn.Parameter(torch.full((40, 100), 0.1))  # norm 1
+    optimizer = ProjectedSGD([w], lr=1.0, c=2.0, fused=True)
+    for value, norm in ((0.0, 1.0), (0.0, 1.0), (-0.2, 2.0), (0.1, 1.0), (0.0, 1.0), (math.nan, math.nan)):
+        w.grad = torch.zeros_like(w)
+        w.grad[33] = value
+        optimizer.step()
+        norms = w.detach().double().norm(dim=1)
+        assert norms.tolist()[:33] == pytest.approx([1.0] * 33, rel=1e-6)
+        assert norms[33].item() == pytest.approx(norm, rel=3e-5, nan_ok=True)
+        assert not norms[33] > 2
+        near = [batch.near for batch in spans(optimizer)]
+        assert near == [norm != 1 and k == 33 // 5 for k in range(8)]
+
+
+def test_rows_that_share_a_batch_share_their_limits():
+    long_and_short, shorter, last = pieces._batches([(1, 400), None, (1, 70), (9, 30), (12, 80)])[:3]
+    assert (long_and_short.longest, [j for j, *_ in long_and_short.pieces]) == (400, [0, 2])
+    assert (shorter.longest, shorter.size, shorter.pieces) == (30, 270, [(3, (9, 30), 0, 9)])
+    assert last.pieces == [(4, (12, 80), 0, 6)]
+
+
+@pytest.mark.parametrize("length", [70, 4099, 2**20])
+@pytest.mark.parametrize("above", [-1e-4, -5e-6, -1e-6, 1e-7, 2e-6, 1e-4])
+def test_the_plain_norm_decides_nothing_near_the_ball(length, above):
+    """torch's own norm of a million equal entries is off by 4e-4."""
+    x = torch.full((2, length), 3.0 * (1 + above) / math.sqrt(length))
+    y = x.clone()
+    with torch.no_grad():
+        ball.project_rows_([x], 3.0, length, near=True)
+        assert ball.project_rows_([y], 3.0, length, near=False) == (length > 1000 or above > -2e-5)
+    assert torch.equal(x, y)
+    assert (x.double().norm(dim=1) <= 3.0).all()
+    assert torch.equal(x, projections.project_ball(x, 3.0, (1,)))
+
+
+@pytest.mark.parametrize(
+    "special",
+    ["amsgrad", "tensor lr", "scaled", "transposed gradient", "bfloat16", "without_grad", "no bound", "first step"],
+)
+def test_what_is_special_is_left_to_torch(special):
+    options = {"amsgrad": True} if special == "amsgrad" else {}
+    options["lr"] = torch.tensor(0.1) if special == "tensor lr" else 0.1
+    params = make(SHAPES[:2], torch.bfloat16 if special == "bfloat16" else torch.float32)
+    c = None if special == "no bound" else 2.0
+    optimizer = ProjectedAdam(params, c=c, fused=True, without_grad=special == "without_grad", **options)
+    for i in range(1 if special == "first step" else 2):
+        give_grads(params, i)
+        if special == "transposed gradient":
+            params[0].grad = params[0].grad.T.contiguous().T
+        if special == "scaled":
+            optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(1.0)
+        optimizer.step()
+    assert not vars(optimizer).get("_piece_plans")
+
+
+def test_a_run_goes_on_with_the_stock_optimizer_and_back():
+    ours = make(SHAPES, torch.float32)
+    optimizer = ProjectedSGD(ours, lr=0.1, momentum=0.9, c=3.0, fused=True)
+    theirs = copy.deepcopy(ours)
+    stock = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, fused=True)
+    for i in range(6):
+        give_grads(ours, i), give_grads(theirs, i)
+        if i % 2:
+            optimizer.step()
+            for a, b in zip(ours, theirs, strict=True):
+                b.data.copy_(a.data)
+            stock.load_state_dict(without_projection(optimizer.state_dict()))
+        else:
+            stock.step()
+            for a, b in zip(ours, theirs, strict=True):
+                a.data.copy_(MaxNorm(3.0).project(b.data))
+            optimizer.load_state_dict(stock.state_dict())
+    reference = make(SHAPES, torch.float32)
+    whole = ProjectedSGD(reference, lr=0.1, momentum=0.9, c=3.0)
+    for i in range(6):
+        give_grads(reference, i)
+        whole.step()
+    assert len(spans(optimizer)) > 5
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def without_projection(state):
+    keys = torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict()["param_groups"][0]
+    return {**state, "param_groups": [{k: g[k] for k in keys} for g in state["param_groups"]]}
