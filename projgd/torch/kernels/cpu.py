@@ -2,8 +2,9 @@
 
 Memory is seen as (K0, R0, K1, R1): the axes R make a vector, the axes K count vectors. Rows are (1, 1, rows, length),
 columns (1, length, columns, 1), a transposed convolution (1, in, out, kernel), grouped (groups, in, out, kernel). The
-work is cut into tiles that fit into a core's cache; a tile is a run of contiguous memory for every r0. Where a vector
-is longer than a tile, its tiles leave their sums of squares, and a second pass rescales.
+work is cut into tiles that fit into a core's cache; a tile is a run of contiguous memory for every r0. A vector that is
+one such run is rescaled right after its update, others at the end of their tile. Where a vector is longer than a tile,
+its tiles leave their sums of squares, and a second pass rescales.
 
 Sums are taken in float64. The squares of float32 and bfloat16 numbers neither over- nor underflow there, and their sum
 is as good as exact in any order: `reassoc` in `_plus_square`, which vectorizes it, is harmless. No flag assumes that
@@ -28,15 +29,18 @@ from projgd.torch.kernels.rules import Adam, Sgd
 
 BLOCK = 2048
 TINY = 2.0**-100
-SHORT = 256  # vectors of fewer entries are not worth a call each: their squares are taken after the update of a tile
+SHORT = 256  # vectors of fewer entries are not worth a loop each: their squares are taken after the update of a tile
 SOME = 256  # entries of a vector that the first guess at its multiplier looks at
 STEPS = 30
 LIGHTEST, HEAVIEST = 2.0**-50, 2.0**50  # D in which no power that is summed here over- or underflows
+INSIDE = 1 - 2.0**-50  # a sum of squares below the square of the threshold, times this, needs no root
+UPDATE, MEASURE, PROJECT = range(3)  # how far `_vectors` goes
 TENSOR, K0, R0_FROM, R0_TO, K1_FROM, K1_TO, R1_FROM, R1_TO, FIRST, COUNT, PLACE = range(11)  # the columns of `tiles`
 
 _COUNTER = np.empty(0, np.float32)  # the dtype of torch's step counts
 
 _exact = njit(error_model="numpy")
+_inlined = njit(error_model="numpy", forceinline=True)  # a call for every vector takes as long as 300 entries
 _fast = njit(error_model="numpy", fastmath=True)  # for finite numbers only
 
 
@@ -151,7 +155,7 @@ def _add(sums: Any, ww: float, uu: float, wu: float) -> None:
     sums[2] += wu
 
 
-@_exact
+@_inlined
 def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: Any) -> float:
     """torch.optim.SGD on a run of memory; returns the sum of the squares of what is stored."""
     p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
@@ -179,7 +183,7 @@ def _sgd(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: 
     return total
 
 
-@_exact
+@_inlined
 def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: Any) -> float:
     """torch.optim.Adam and AdamW on a run of memory. Its squares are left for later: with them, the loop is slower."""
     p, g = _view(table[0, k], start, size, like), _view(table[1, k], start, size, like)
@@ -219,7 +223,7 @@ def _adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like:
     return np.nan
 
 
-@_exact
+@_inlined
 def _squares(h: None, table: Any, k: int, start: int, size: int, factors: Any, like: Any, sums: None) -> float:
     """The sum of the squares on a run of memory."""
     p = _view(table[0, k], start, size, like)
@@ -293,7 +297,7 @@ def _measures_of(h: Any) -> Any:
     return lambda h: measures
 
 
-@overload(_update, strict=False)
+@overload(_update, strict=False, jit_options={"error_model": "numpy", "forceinline": True})
 def _update_of(h: Any, table: Any, k: Any, start: Any, size: Any, factors: Any, like: Any, sums: Any) -> Any:
     rule: Any = {Sgd: _sgd, Adam: _adam}.get(getattr(h, "instance_class", type(None)), _squares)
     return lambda h, table, k, start, size, factors, like, sums: rule(h, table, k, start, size, factors, like, sums)
@@ -377,12 +381,48 @@ def _move_short(w: Any, u: Any, run: int, weights: Any) -> None:
 
 
 @_exact
-def _in_blocks(h: Any, table: Any, k: int, start: int, size: int, factors: Any, like: Any) -> float:
-    """`_update`, its sum in blocks, each in any order: it errs as `BLOCK` additions and one for each block do."""
-    total = 0.0
-    for done in range(0, size, BLOCK):
-        total += _update(h, table, k, start + done, min(BLOCK, size - done), factors, like, None)
-    return total
+def _pull_back(x: Any, squares: float, threshold: float, target: float) -> bool:
+    """A vector to the nearest point, if it is outside; whether its sum of squares is a number."""
+    norm = math.sqrt(squares)
+    if norm > threshold and norm < np.inf:
+        _scale(x, target / norm)
+    return norm < np.inf
+
+
+@_exact
+def _vectors(
+    h: Any,
+    table: Any,
+    k: int,
+    start: int,
+    count: int,
+    run: int,
+    factors: Any,
+    like: Any,
+    sums: Any,
+    limits: Any,
+    then: int,
+) -> None:
+    """Update `count` vectors, or parts of vectors, of `run` entries each that lie side by side in tensor k.
+
+    Then, by `then`: nothing; or their squares are added to `sums`; or they are projected, each while it is in the
+    first-level cache. A sum is taken in blocks, each in any order: it errs as `BLOCK` additions and one for each block.
+    """
+    inside = limits[k, 0] * limits[k, 0] * INSIDE
+    for j in range(count):
+        total, at = 0.0, start + j * run
+        for done in range(0, run, BLOCK):
+            size = min(BLOCK, run - done)
+            squares = _update(h, table, k, at + done, size, factors, like, None)
+            if then != UPDATE and not _measures(h):
+                squares = _update(None, table, k, at + done, size, factors, like, None)
+            total += squares
+        if then == MEASURE:
+            sums[j] += total
+        elif then == PROJECT and not total < inside:
+            known = _pull_back(_view(table[0, k], at, run, like), total, limits[k, 0], limits[k, 1])
+            if like.itemsize == 8 and not known:
+                limits[k, 2] = 1
 
 
 @_exact
@@ -588,25 +628,24 @@ def step(
             layout = layouts[k]
             width, run = tile[K1_TO] - tile[K1_FROM], tile[R1_TO] - tile[R1_FROM]
             free = limits[k, 0] == np.inf
+            whole = eps is None and tile[COUNT] == 1 and tile[R0_TO] - tile[R0_FROM] == 1 and run > 1
+            then = UPDATE if free else PROJECT if whole else MEASURE
             for j in range(width):
                 sums[j] = 0.0
             for r in range(tile[R0_FROM], tile[R0_TO]):
                 start = ((tile[K0] * layout[1] + r) * layout[2] + tile[K1_FROM]) * layout[3] + tile[R1_FROM]
-                size = width * run
-                if run >= SHORT and _measures(h):
-                    for j in range(width):
-                        sums[j] += _in_blocks(h, table, k, start + j * run, run, factors, like)
+                if run >= SHORT:
+                    _vectors(h, table, k, start, width, run, factors, like, sums, limits, then)
                     continue
                 if h is not None:
-                    _update(h, table, k, start, size, factors, like, None)
+                    _update(h, table, k, start, width * run, factors, like, None)
                 if free:
                     continue
-                if run == 1:
-                    _add_squares(_view(table[0, k], start, size, like), sums)
+                if run > 1:
+                    _vectors(None, table, k, start, width, run, factors, like, sums, limits, then)
                 else:
-                    for j in range(width):
-                        sums[j] += _in_blocks(None, table, k, start + j * run, run, factors, like)
-            if free:
+                    _add_squares(_view(table[0, k], start, width, like), sums)
+            if then != MEASURE:
                 continue
             if tile[COUNT] == 1:
                 _bring_back(eps, i, tiles, sums, table, layouts, limits, factors, rooms, like)
