@@ -26,6 +26,7 @@ from projgd.axes import Vectors
 from projgd.projections import BallLimits
 
 BLOCK = 64
+PIECE = 2**20  # entries, which with gradient and state stay in a cache of some ten megabytes
 FAR = 2.0**64  # squares beyond overflow in float32, and 2^-40 over a norm beyond may be subnormal
 _norm = torch.linalg.vector_norm
 
@@ -53,6 +54,8 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> bool:
     limits = ball_limits(p.dtype, vectors, c)
     plain = axes and x.numel() and x.dtype != torch.float64 and not limits.fill and usual(c)
     if plain and x.device.type == "cpu":
+        if x.numel() > PIECE and x.dtype == torch.float32 and x.is_contiguous() and (shape := rows(vectors)):
+            return _in_pieces(x.view(shape), c)
         return not _blocked([x], limits, axes, c) <= limits.threshold
     if plain and x.device.type == "cuda":
         _branch_free(x, limits, axes)
@@ -75,6 +78,22 @@ def ball_limits(dtype: torch.dtype, vectors: Vectors, c: float) -> BallLimits:
     """`projections.ball_limits`, remembered."""
     kind = projections.FLOATS[str(dtype).removeprefix("torch.")]
     return projections.ball_limits(kind, vectors.shape, vectors.axes, c, xp)
+
+
+def rows(vectors: Vectors) -> tuple[int, int] | None:
+    """How many vectors there are and how long they are, where each is contiguous in a contiguous tensor."""
+    ndim, axes = len(vectors.shape), vectors.axes
+    whole = axes and axes == tuple(range(axes[0], ndim))
+    return (math.prod(vectors.shape[: axes[0]]), vectors.length) if whole else None
+
+
+def _in_pieces(x: torch.Tensor, c: float) -> bool:
+    """Project rows that are scaled while they are still in a cache."""
+    near, written = True, False
+    for piece in torch.split(x, max(1, PIECE // x.shape[1])):
+        near = project_rows_([piece], c, x.shape[1], near)
+        written |= near
+    return written
 
 
 def project_rows_(xs: Sequence[torch.Tensor], c: float, longest: int, near: bool) -> bool:

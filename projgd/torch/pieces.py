@@ -24,7 +24,6 @@ from projgd.torch.stacked import Stack
 if TYPE_CHECKING:
     from projgd.torch.optimizers import Projected
 
-PIECE = 2**20  # entries, which with gradient and state stay in a cache of some ten megabytes
 PLAIN = {Tensor, torch.nn.Parameter}
 Update = Callable[[list[list[Tensor]], list[Tensor]], object]
 
@@ -159,18 +158,10 @@ def _adam(group: Mapping[str, Any]) -> Update:
 def _plan(key: tuple[Any, ...], params: list[Tensor], constraint: MaxNorm) -> Plan:
     stacks, left = stacked.stacks(params, constraint)
     alone = {*left, *(j for stack in stacks if len(stack.places) == 1 for j in stack.places)}
-    shapes = [_rows(p.shape, constraint) if j in alone else None for j, p in enumerate(params)]
+    vectors = [constraint.resolve(tuple(p.shape), "out_first") if j in alone else None for j, p in enumerate(params)]
+    shapes = [None if v is None else ball.rows(v) for v in vectors]
     rest = [j for j, shape in enumerate(shapes) if shape is None]
     return Plan(key, _batches(shapes), rest, *stacked.stacks([params[j] for j in rest], constraint))
-
-
-def _rows(shape: torch.Size, constraint: MaxNorm) -> tuple[int, int] | None:
-    """How many vectors there are and how long they are, where each is contiguous in a contiguous tensor."""
-    vectors = constraint.resolve(tuple(shape), "out_first")
-    if vectors is None or not vectors.axes or vectors.axes[-1] != len(vectors.shape) - 1:
-        return None
-    whole = vectors.axes == tuple(range(vectors.axes[0], len(vectors.shape)))
-    return (shape.numel() // vectors.length, vectors.length) if whole else None
 
 
 def _batches(shapes: list[tuple[int, int] | None]) -> list[Batch]:
@@ -178,11 +169,11 @@ def _batches(shapes: list[tuple[int, int] | None]) -> list[Batch]:
     batches: list[Batch] = []
     for j, shape in enumerate(shapes):
         count, length = shape or (0, 1)
-        rows = max(1, PIECE // length)
+        rows = max(1, ball.PIECE // length)
         for k in range(0, count, rows):
             n = min(rows, count - k)
             last = batches[-1] if batches else None
-            if last is None or last.size + n * length > PIECE or _guard(last.longest) != _guard(length):
+            if last is None or last.size + n * length > ball.PIECE or _guard(last.longest) != _guard(length):
                 batches.append(last := Batch([], 0, 0))
             last.pieces.append((j, (count, length), k, n))
             last.size += n * length

@@ -51,15 +51,15 @@ def stacks(params: Sequence[torch.Tensor], constraint: MaxNorm) -> tuple[list[St
             continue
         small = device.type == "cpu" and 0 < math.prod(shape) <= SMALL and 0 not in vectors.axes
         if small and vectors.axes and ball.takes(params[places[0]]):
-            found[dtype, vectors.shape[1:], vectors.axes] += [(j, vectors.shape) for j in places]
+            same = vectors.shape == shape
+            found[dtype, vectors.shape[1:], vectors.axes, same] += [(j, vectors.shape) for j in places]
         else:
             left += places
     made = []
-    for (_, _, axes), members in found.items():
+    for (_, _, axes, same), members in found.items():
         each = STACK // max(math.prod(shape) for _, shape in members)
         for i in range(0, len(members), each):
             places, shapes = map(list, zip(*members[i : i + each], strict=True))
-            same = all(params[j].shape == shape for j, shape in members[i : i + each])
             made.append(Stack(places, None if same else shapes, [shape[0] for shape in shapes], axes))
     return made, left
 

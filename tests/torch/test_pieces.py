@@ -19,7 +19,7 @@ SHAPES = [(40, 30), (40, 30), (7, 419), (5, 3, 3, 3), (64,), (1, 1), (300, 1), (
 def small_pieces(monkeypatch):
     """No kernels; and pieces of a few rows, so that these tensors are cut."""
     monkeypatch.setattr(path, "_machine", lambda kind: path.Path("eager", "numba is not installed"))
-    monkeypatch.setattr(pieces, "PIECE", 500)
+    monkeypatch.setattr(ball, "PIECE", 500)
     monkeypatch.setattr(stacked, "SMALL", 100)
 
 
@@ -64,6 +64,19 @@ def test_the_first_vector_that_leaves_is_seen_whatever_was_before():
         assert not norms[33] > 2
         near = [batch.near for batch in spans(optimizer)]
         assert near == [norm != 1 and k == 33 // 5 for k in range(8)]
+
+
+@pytest.mark.parametrize("lengths", [[0.5] * 40, [0.5] * 20 + [5.0] + [0.5] * 19, [5.0, math.nan, 0.5, 1e30] * 10])
+@torch.no_grad()
+def test_projected_alone_a_large_parameter_goes_in_pieces_too(lengths, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(40, 9, 11, generator=generator), dim=(1, 2))
+    x *= torch.tensor(lengths)[:, None, None]
+    y = x.clone()
+    written = ball.project_ball_(x, 2.0, MaxNorm(2.0).resolve(x.shape, "out_first"))
+    monkeypatch.setattr(ball, "PIECE", 10**6)
+    assert ball.project_ball_(y, 2.0, MaxNorm(2.0).resolve(x.shape, "out_first")) == written == (max(lengths) > 2)
+    assert torch.equal(x.view(torch.int32), y.view(torch.int32))
 
 
 def test_rows_that_share_a_batch_share_their_limits():
