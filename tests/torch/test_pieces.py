@@ -76,7 +76,7 @@ def test_projected_alone_a_large_parameter_goes_in_pieces_too(lengths, monkeypat
     written = ball.project_ball_(x, 2.0, MaxNorm(2.0).resolve(x.shape, "out_first"))
     monkeypatch.setattr(ball, "PIECE", 10**6)
     assert ball.project_ball_(y, 2.0, MaxNorm(2.0).resolve(x.shape, "out_first")) == written == (max(lengths) > 2)
-    assert torch.equal(x.view(torch.int32), y.view(torch.int32))
+    torch.testing.assert_close(x, y, rtol=3e-7, atol=0, equal_nan=True)  # huge ones are summed in another order
 
 
 def test_rows_that_share_a_batch_share_their_limits():
