@@ -96,7 +96,7 @@ def step(optimizer: Projected) -> list[dict[str, Any]]:
             grads = [_gradients(part.params) for part in known.parts]
         work += [(group, constraint, *each) for each in zip(known.parts, grads, strict=True)]
         if len(known.covered) < len(group["params"]):
-            rest.append(_without(optimizer, group, known.covered))
+            rest.append(path.without(optimizer, group, known.covered))
     for group, constraint, part, theirs in work:
         _run(optimizer, group, constraint, part, theirs)
     return [group for group in rest if group["without_grad"] or any(p.grad is not None for p in group["params"])]
@@ -251,28 +251,3 @@ def _lr(group: dict[str, Any]) -> Any:
     """A number; a tensor on a GPU stays there, for reading it would wait."""
     lr = group["lr"]
     return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
-
-
-def _without(optimizer: Projected, group: dict[str, Any], covered: set[int]) -> dict[str, Any]:
-    """A group without some of its parameters; stepped by torch's own fused kernels only where these are sound."""
-    left = [j for j, p in enumerate(group["params"]) if id(p) not in covered]
-    stepped = [p for p in (group["params"][j] for j in left) if p.grad is not None]
-    starts = {optimizer.state.get(p, {}).get("momentum_buffer") is None for p in stepped}  # that of SGD takes one kind
-    return {
-        **group,
-        "fused": bool(group.get("fused")) and len(starts) < 2 and all(_is_sound(optimizer, p) for p in stepped),
-        **{k: [group[k][j] for j in left] for k in ("params", "param_names") if k in group},
-    }
-
-
-def _is_sound(optimizer: Projected, p: Tensor) -> bool:
-    """Whether torch's fused kernel may step p.
-
-    On a CPU (torch 2.13) that for SGD in bfloat16 is wrong by a tenth of the update, float16 was seen to give NaN, and
-    gradients and states are read as if they lay in memory as p does.
-    """
-    if p.device.type != "cpu":
-        return True
-    read = [p.grad, *optimizer.state.get(p, {}).values()]
-    alike = all(path.alike(t, p) for t in read if isinstance(t, Tensor) and t.shape == p.shape)
-    return alike and type(p) in (Tensor, torch.nn.Parameter) and p.dtype in (torch.float32, torch.float64)

@@ -58,7 +58,7 @@ def step(optimizer: Projected) -> list[dict[str, Any]]:
         constraint = seen.constraint
         operands = _operands(optimizer, group) if _is_usual(group, constraint) else None
         if operands is None or not isinstance(constraint, MaxNorm):
-            left.append(group)
+            left.append(path.without(optimizer, group, ()))
             continue
         key = constraint.axis, list(map(id, operands[0])), [p.shape for p in operands[0]]
         if i not in plans or plans[i].key != key:

@@ -520,7 +520,7 @@ def test_a_momentum_that_lies_otherwise_in_memory_than_its_weights(c):
     torch.testing.assert_close(*found)
 
 
-def test_parameters_that_the_kernels_leave_may_get_their_first_gradients_at_different_steps():
+def test_first_gradients_may_come_at_different_steps():
     """torch's own fused SGD takes parameters with a momentum, or parameters without, but not both."""
     start, grads = torch.randn(2, 7), torch.randn(2, 7)
     found = []

@@ -9,6 +9,7 @@ import torch
 from projgd import MaxNorm, projections
 from projgd.axes import Split
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, ball, path, pieces, stacked
+from tests.torch import test_fused
 from tests.torch.option_sets import EVERY, IDS
 from tests.torch.test_fused import STOCK, check_contract, check_steps, give_grads, make
 
@@ -150,3 +151,8 @@ def test_a_run_goes_on_with_the_stock_optimizer_and_back():
 def without_projection(state):
     keys = torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict()["param_groups"][0]
     return {**state, "param_groups": [{k: g[k] for k in keys} for g in state["param_groups"]]}
+
+
+# The fused step's tests of what torch's own fused operations must not get, here without kernels.
+test_momentum = test_fused.test_a_momentum_that_lies_otherwise_in_memory_than_its_weights
+test_first_gradients = test_fused.test_first_gradients_may_come_at_different_steps
