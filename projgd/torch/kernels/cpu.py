@@ -695,8 +695,8 @@ def shape(
 
     Args:
         h, like, table, counters, factors, layouts, tiles, ranges: as in `step`. No weight decay.
-        move: False takes the update u from zero, leaving the states as after the step and the parameters as they are,
-            and measures; True takes u from these states.
+        move: False measures the update u, leaving the states as after the step and the parameters as they are; True
+            takes u from these states.
         places: int64 (tiles, 2): where the sums of a tile begin, and the first of its vectors.
         sums: float64 (places, 3): written are Σw², Σu² and Σwu of the part of every vector that lies in a tile.
         weights: float64 (vectors, 2): added to w is the first times w and the second times u.
