@@ -48,7 +48,7 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> bool:
     """
     if torch.compiler.is_compiling():
         # A product of a tensor is all that torch.compile takes a moving float for; others it compiles in.
-        _opaque(p, torch.ones((), dtype=torch.float64) * c, list(vectors.shape), list(vectors.axes))
+        _opaque(p, torch.ones((), dtype=torch.float64, device="cpu") * c, list(vectors.shape), list(vectors.axes))
         return True
     x, axes = p.reshape(vectors.shape), vectors.axes
     limits = ball_limits(p.dtype, vectors, c)
@@ -130,7 +130,7 @@ def _blocked(xs: Sequence[torch.Tensor], limits: BallLimits, axes: tuple[int, ..
     if largest <= limits.threshold:
         return largest
     if largest < FAR:
-        factor = torch.empty(found.shape)  # target / norm, or 1
+        factor = torch.empty_like(found, dtype=torch.float32)  # target / norm, or 1
         torch.div(_number(limits.target), torch.threshold_(found, limits.threshold, limits.target), out=factor)
         factors = [factor] if len(xs) == 1 else factor.split_with_sizes([x.shape[0] for x in xs])
         for x, w, by in zip(xs, wide, factors, strict=True):
@@ -147,7 +147,7 @@ def _blocked(xs: Sequence[torch.Tensor], limits: BallLimits, axes: tuple[int, ..
 
 @functools.lru_cache(maxsize=64)
 def _number(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _branch_free(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> None:

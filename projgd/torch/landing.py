@@ -99,7 +99,7 @@ def _pair(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
 def _shape(u: torch.Tensor, w: torch.Tensor, plan: Plan, axes: tuple[int, ...]) -> None:
     """u becomes what `Update.shape` makes of it, with w added if the plan moves the weights."""
     keeps_direction = isinstance(plan.update, (RelativeUpdate, MaxUpdate))
-    size = Measures(_norms(w, axes), _norms(u, axes), torch.zeros(()))
+    size = Measures(_norms(w, axes), _norms(u, axes), torch.zeros((), device=u.device))
     if not keeps_direction:
         size = size._replace(cosine=_cosine(u, w, size, axes))
     share, factor = plan.update.numbers(size, plan.lr, xp)

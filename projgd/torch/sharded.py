@@ -182,7 +182,7 @@ def _held(p: DTensor, dim: int) -> torch.Tensor:
     """The places along `dim` of the whole tensor that this rank holds, along `dim` of a tensor of the same rank."""
     shape = [1] * p.ndim
     shape[dim] = p.shape[dim]
-    index = torch.arange(p.shape[dim]).reshape(shape)
+    index = torch.arange(p.shape[dim], device="cpu").reshape(shape)
     coordinate = p.device_mesh.get_coordinate()
     assert coordinate is not None  # a rank outside the mesh holds none of its parameters
     for i, placement in enumerate(p.placements):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from projgd import MaxNorm, NonNegative, TangentUpdate, projections
+from projgd import MaxNorm, NonNegative, RelativeUpdate, Sphere, TangentUpdate, UnitNorm, projections
 from projgd.axes import Split
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedRMSprop, ProjectedSGD
 from tests.torch.option_sets import EVERY, IDS
@@ -533,3 +533,35 @@ def test_first_gradients_may_come_at_different_steps():
         opt.step()
         found.append([p.detach() for p in (weight, first, second)])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"c": 3.0},
+        {"c": 3.0, "metric": "adaptive"},
+        {"c": 3.0, "update": TangentUpdate()},
+        {"constraint": UnitNorm()},
+        {"constraint": Sphere("initial", None), "update": RelativeUpdate()},
+    ],
+    ids=str,
+)
+def test_defaults_of_torch_do_not_matter(settings, fused):
+    """A default device or dtype of a program is for its own tensors, not for those that a step makes for itself."""
+    start = torch.randn(40, 90)
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.float64)):
+        w = torch.nn.Parameter(start.clone())
+        w.grad = torch.ones_like(w)
+        opt = ProjectedAdam([w], lr=0.1, fused=fused, **settings)
+        opt.step()  # torch.optim makes its step count on the default device
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        try:
+            opt.step()
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        found.append(w.detach())
+    assert torch.equal(*found)

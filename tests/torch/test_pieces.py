@@ -156,3 +156,4 @@ def without_projection(state):
 # The fused step's tests of what torch's own fused operations must not get, here without kernels.
 test_momentum = test_fused.test_a_momentum_that_lies_otherwise_in_memory_than_its_weights
 test_first_gradients = test_fused.test_first_gradients_may_come_at_different_steps
+test_defaults = test_fused.test_defaults_of_torch_do_not_matter
