@@ -157,3 +157,29 @@ def without_projection(state):
 test_momentum = test_fused.test_a_momentum_that_lies_otherwise_in_memory_than_its_weights
 test_first_gradients = test_fused.test_first_gradients_may_come_at_different_steps
 test_defaults = test_fused.test_defaults_of_torch_do_not_matter
+
+
+def test_autograd_learns_of_a_step():
+    w = torch.nn.Parameter(torch.randn(40, 90))
+    optimizer = ProjectedSGD([w], lr=0.1, c=1e4, fused=True)
+    w.grad = torch.ones_like(w)
+    loss = w.square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_which_parameters_have_gradients_may_change():
+    torch.manual_seed(0)
+    shapes = [(40, 90), (90, 40), (30, 120)]
+    starts, grads = [torch.randn(s) for s in shapes], [torch.randn(s) for s in shapes]
+    found = []
+    for fused in (True, False):
+        params = [torch.nn.Parameter(x.clone()) for x in starts]
+        optimizer = ProjectedSGD(params, lr=0.1, c=3.0, fused=fused)
+        for j in (0, 1, 2, 0):
+            optimizer.zero_grad()
+            params[j].grad = grads[j]
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
