@@ -565,3 +565,44 @@ def test_defaults_of_torch_do_not_matter(settings, fused):
             torch.set_default_dtype(torch.float32)
         found.append(w.detach())
     assert torch.equal(*found)
+
+
+def test_a_bound_in_an_array_is_followed_where_it_is_written():
+    """Nobody sees that from the group: the array in it is the same."""
+    w, c = torch.nn.Parameter(torch.randn(40, 90)), torch.tensor(3.0)
+    opt = ProjectedSGD([w], lr=0.1, c=c, fused=True)
+    for bound in (3.0, 2.0, 2.1, 0.5):
+        c.fill_(bound)
+        w.grad = -w.detach().clone()
+        opt.step()
+        assert bound * (1 - 1e-5) <= float(w.detach().double().norm(dim=1).max()) <= bound
+
+
+def test_a_parameter_whose_gradient_comes_later_is_fused_from_then_on():
+    a, b = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    opt = ProjectedSGD([a, b], lr=0.1, c=1.0, fused=True)
+    for params in ([a], [a, b]):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        assert vars(opt)["_plans"][0].covered == set(map(id, params))
+
+
+@pytest.mark.parametrize("moved", ["weights", "exp_avg", "exp_avg_sq"])
+def test_memory_that_is_put_elsewhere_is_noticed(moved):
+    """As by `optimizer_to(device)` and `module.to()`, which put other memory behind the same tensor."""
+    found = []
+    for fused in (True, False):
+        w = torch.nn.Parameter(torch.linspace(-1, 1, 200).reshape(10, 20))
+        opt = ProjectedAdam([w], lr=0.1, c=1.0, fused=fused)
+        for i in range(3):
+            w.grad = torch.ones_like(w)
+            opt.step()
+            if i == 0:
+                tensor = w if moved == "weights" else opt.state[w][moved]
+                before = tensor.data
+                tensor.data = before.clone()
+                then = before.clone()
+        assert torch.equal(before, then)
+        found.append(w.detach())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

@@ -157,6 +157,7 @@ def without_projection(state):
 test_momentum = test_fused.test_a_momentum_that_lies_otherwise_in_memory_than_its_weights
 test_first_gradients = test_fused.test_first_gradients_may_come_at_different_steps
 test_defaults = test_fused.test_defaults_of_torch_do_not_matter
+test_a_bound_in_an_array = test_fused.test_a_bound_in_an_array_is_followed_where_it_is_written
 
 
 def test_autograd_learns_of_a_step():
