@@ -66,7 +66,7 @@ def project_ball_(p: torch.Tensor, c: float, vectors: Vectors) -> bool:
 
 @torch.library.custom_op("projgd::project_ball_", mutates_args=("p",))
 def _opaque(p: torch.Tensor, c: torch.Tensor, shape: list[int], axes: list[int]) -> None:
-    """`project_ball_` for torch.compile, which sees no inside: what is projected is what is stored.
+    """`project_ball_` for torch.compile, which sees no inside, of what `compiled` leaves.
 
     Fused with the step before it, the norm would be that of weights that are not yet rounded to bfloat16.
     """

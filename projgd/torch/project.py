@@ -11,7 +11,7 @@ import torch
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.constraints import Constraint, MaxNorm
-from projgd.torch import ball, metric_ball, path, sharded, stacked
+from projgd.torch import ball, compiled, metric_ball, path, sharded, stacked
 from projgd.torch.metrics import Metric, Pick
 from projgd.torch.settings import constraint_of
 from projgd.torch.sparse import MovedRows
@@ -79,12 +79,12 @@ def project_params(
 def project_whole(
     params: Sequence[torch.Tensor], constraint: Constraint, skip: torch.Tensor | None, metric: Metric | None
 ) -> None:
-    """What a kernel can take in one call, small ones in stacks, the others one by one."""
+    """What a kernel can take in one call, what a graph can, small ones in stacks, the others one by one."""
     if skip is None and (kernel := path.projector(params, constraint, metric)):
         params = kernel(params, constraint, metric)
-    plain = skip is None and metric is None and not torch.compiler.is_compiling()
-    if params and plain and isinstance(constraint, MaxNorm):
-        params = stacked.project_(params, constraint)
+    if params and skip is None and metric is None and isinstance(constraint, MaxNorm):
+        many = compiled if torch.compiler.is_compiling() else stacked
+        params = many.project_(params, constraint)
     for p in params:
         project_(p, constraint, skip, metric)
 

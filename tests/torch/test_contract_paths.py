@@ -196,6 +196,31 @@ def test_compiled_steps():
     check_steps(ProjectedSGD, list(NUMPY), [(12, 7), (12, 3, 5, 5)], {"lr": 0.1}, compiled=True)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"eps": 1e-4}], ids=["momentum", "Adam"])
+def test_compiled_steps_of_optimizers_with_states(options):
+    torch.compiler.reset()
+    made = ProjectedAdam if "eps" in options else ProjectedSGD
+    check_steps(made, ["float32"], [(12, 1), (12, 400)], {"lr": 0.1, **options}, compiled=True)
+
+
+def test_compiled_along_another_axis_while_c_moves():
+    """Vectors of several lengths, whose guards differ, and one that has no entry."""
+    torch.compiler.reset()
+    shapes = [(200, 7), (5, 7), (4, 3, 5), (0, 7)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(0))) for s in shapes]
+    optimizer = ProjectedSGD(params, lr=0.1, axis=0, c=1.0)
+    step = torch.compile(optimizer.step, fullgraph=True)
+    for c in (1.0, 0.9, 0.5, 1e-20):
+        optimizer.param_groups[0]["c"] = c
+        give_grads(params[:3], 0)
+        params[3].grad = torch.zeros(0, 7)
+        step()
+        for p in params[:3]:
+            norms = exact_norms(p.detach().numpy())
+            assert (norms <= c).all()
+            assert (norms >= c * (1 - TIGHT["float32"])).any()
+
+
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
