@@ -47,8 +47,7 @@ def _project(balls: list[tuple[Tensor, Vectors]], c: float) -> None:
     moving = torch.ones((), dtype=torch.float64, device="cpu") * c
     factors = _factors(torch.cat([n.reshape(-1) for n in norms]), counts, [v.length for _, v in balls], moving)
     for (x, _), n, factor in zip(balls, norms, factors.split_with_sizes(counts), strict=True):
-        by = factor.reshape(n.shape)
-        x.copy_(torch.where(by == 1, x, x * by))
+        x.mul_(factor.reshape(n.shape))
 
 
 @torch.library.custom_op("projgd::ball_factors", mutates_args=())
