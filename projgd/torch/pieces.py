@@ -7,8 +7,11 @@ in which anything is special, or whose states are not there yet, is left to the 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from projgd.torch.optimizers import Projected
 
 PLAIN = {Tensor, torch.nn.Parameter}
+# For `map`: of many small tensors, all that is asked counts.
+_shape, _dtype, _is_cpu = map(operator.attrgetter, ("shape", "dtype", "is_cpu"))
 Update = Callable[[list[list[Tensor]], list[Tensor]], object]
 
 
@@ -40,30 +45,51 @@ class Batch:
 
 @dataclass
 class Plan:
-    """What is known of a group while the parameters that have a gradient, their shapes and the axis are the same."""
+    """What is known of a group while its tensors are the same, and lie in memory as torch makes them."""
 
     key: tuple[Any, ...]
+    params: list[Tensor]  # those that have a gradient
+    shapes: list[torch.Size]
+    states: list[dict[str, Tensor]]
+    read: dict[str, list[Tensor]]  # of the states, by name
     batches: list[Batch]
     rest: list[int]  # parameters that are stepped in whole
     stacks: list[Stack]  # of these
     left: list[int]  # of these, those projected one by one
+
+    def holds(self, key: tuple[Any, ...]) -> bool:
+        if key != self.key or list(map(_shape, self.params)) != self.shapes or not _lie_plainly(self.params):
+            return False
+        try:
+            for name, column in self.read.items():
+                if not all(map(operator.is_, map(operator.itemgetter(name), self.states), column)):
+                    return False
+        except KeyError:  # a state has gone
+            return False
+        return all(map(_lie_plainly, self.read.values()))
 
 
 @torch.no_grad()
 def step(optimizer: Projected) -> list[dict[str, Any]]:
     """Step and project the groups in which nothing is special. Returns the others."""
     plans: dict[int, Plan] = vars(optimizer).setdefault("_piece_plans", {})
+    states = list(map(id, optimizer.state.values()))
     left = []
     for i, (group, seen) in enumerate(zip(optimizer.param_groups, optimizer._seen, strict=True)):
-        constraint = seen.constraint
-        operands = _operands(optimizer, group) if _is_usual(group, constraint) else None
-        if operands is None or not isinstance(constraint, MaxNorm):
-            left.append(path.without(optimizer, group, ()))
-            continue
-        key = constraint.axis, list(map(id, operands[0])), [p.shape for p in operands[0]]
-        if i not in plans or plans[i].key != key:
-            plans[i] = _plan(key, operands[0], constraint)
-        _step(plans[i], optimizer.inner is SGD, group, operands, constraint)
+        constraint, plan = seen.constraint, plans.pop(i, None)
+        grads = [p.grad for p in group["params"]] if _is_usual(group, constraint) else []
+        kinds = list(map(type, grads))
+        if NoneType in kinds:
+            grads = [g for g in grads if g is not None]
+        if isinstance(constraint, MaxNorm) and grads and _are_plain(grads) and not any(map(Tensor.is_neg, grads)):
+            key = constraint.axis, group.get("momentum", 0) != 0, kinds, seen.params, states
+            if plan is None or not plan.holds(key):
+                plan = _plan(optimizer, group, constraint, key)
+            if plan is not None:
+                plans[i] = plan
+                _step(plan, optimizer.inner is SGD, group, [plan.params, grads, *plan.read.values()], constraint)
+                continue
+        left.append(path.without(optimizer, group, ()))
     return left
 
 
@@ -79,33 +105,18 @@ def _is_usual(group: Mapping[str, Any], constraint: Any) -> bool:
     )
 
 
-def _operands(optimizer: Projected, group: Mapping[str, Any]) -> list[list[Tensor]] | None:
-    """Parameters, gradients, states; None where one is not what torch would make, or is not there yet."""
-    if optimizer.inner is SGD:
-        names = ["momentum_buffer"] if group["momentum"] != 0 else []
-    else:
-        names = ["exp_avg", "exp_avg_sq", "step"]
-    params = [p for p in group["params"] if p.grad is not None]
-    grads = [p.grad for p in params]
-    states = [optimizer.state.get(p, {}) for p in params] if names else []
-    moments = [[state.get(name) for state in states] for name in names]
-    plain = all(map(_are_plain, (params, grads, *moments))) and not any(map(Tensor.is_neg, grads))
-    if not params or not plain or not all(t.is_cpu for column in (params, *moments) for t in column):
-        return None
-    sizes = list(map(Tensor.numel, params)) if names else []
-    fit = all(list(map(Tensor.numel, column)) == sizes for column in moments[:2])
-    return [params, grads, *moments] if fit else None
-
-
 def _are_plain(tensors: Sequence[Any]) -> bool:
-    usual = PLAIN.issuperset(map(type, tensors)) and all(map(Tensor.is_contiguous, tensors))
-    return usual and {t.dtype for t in tensors} == {torch.float32}
+    return PLAIN.issuperset(map(type, tensors)) and _lie_plainly(tensors) and {*map(_dtype, tensors)} == {torch.float32}
+
+
+def _lie_plainly(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors)) and all(map(_is_cpu, tensors))
 
 
 def _step(plan: Plan, sgd: bool, group: Mapping[str, Any], operands: list[list[Tensor]], constraint: MaxNorm) -> None:
     counters = [] if sgd else operands.pop()
     if counters:
-        torch._foreach_add_(counters, 1)
+        torch._foreach_add_(counters, _one(), alpha=1.0)  # of a number it would make a tensor for each
     update = _sgd(group) if sgd else _adam(group)
     for batch in plan.batches:
         pieces = [[o[j].view(shape).narrow(0, k, n) for j, shape, k, n in batch.pieces] for o in operands]
@@ -119,6 +130,11 @@ def _step(plan: Plan, sgd: bool, group: Mapping[str, Any], operands: list[list[T
         for j in plan.left:
             project_(rest[0][j], constraint)
     torch.autograd.graph.increment_version(operands[0])  # which torch's fused operations forget
+
+
+@functools.cache
+def _one() -> Tensor:
+    return torch.ones((), dtype=torch.float32, device="cpu")
 
 
 def _sgd(group: Mapping[str, Any]) -> Update:
@@ -155,13 +171,28 @@ def _adam(group: Mapping[str, Any]) -> Update:
     )
 
 
-def _plan(key: tuple[Any, ...], params: list[Tensor], constraint: MaxNorm) -> Plan:
+def _plan(optimizer: Projected, group: Mapping[str, Any], constraint: MaxNorm, key: tuple[Any, ...]) -> Plan | None:
+    """None where a parameter or a state is not what torch would make, or is not there yet."""
+    params = [p for p in group["params"] if p.grad is not None]
+    names = ["exp_avg", "exp_avg_sq", "step"]
+    if optimizer.inner is SGD:
+        names = ["momentum_buffer"] if group["momentum"] != 0 else []
+    states = [optimizer.state.get(p, {}) for p in params] if names else []
+    read = {name: [state.get(name) for state in states] for name in names}
+    if not all(map(_are_plain, (params, *read.values()))):
+        return None
+    shapes = list(map(_shape, params))
+    if any(list(map(_shape, read[name])) != shapes for name in names if name != "step"):
+        return None
     stacks, left = stacked.stacks(params, constraint)
     alone = {*left, *(j for stack in stacks if len(stack.places) == 1 for j in stack.places)}
     vectors = [constraint.resolve(tuple(p.shape), "out_first") if j in alone else None for j, p in enumerate(params)]
-    shapes = [None if v is None else ball.rows(v) for v in vectors]
-    rest = [j for j, shape in enumerate(shapes) if shape is None]
-    return Plan(key, _batches(shapes), rest, *stacked.stacks([params[j] for j in rest], constraint))
+    rows = [None if v is None else ball.rows(v) for v in vectors]
+    rest = [j for j, shape in enumerate(rows) if shape is None]
+    whole = [params[j] for j in rest]
+    stacks, left = stacked.stacks(whole, constraint)
+    stacks = [stack.with_room(whole) for stack in stacks]
+    return Plan(key, params, shapes, states, read, _batches(rows), rest, stacks, left)
 
 
 def _batches(shapes: list[tuple[int, int] | None]) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,16 +27,27 @@ class Stack:
     shapes: list[tuple[int, ...]] | None  # None where that is what they have
     heights: list[int]
     axes: tuple[int, ...]
+    room: torch.Tensor | None = None  # to stack them in, and what belongs to each
+    parts: tuple[torch.Tensor, ...] = ()
+
+    def with_room(self, params: Sequence[torch.Tensor]) -> Stack:
+        """The same with memory that is kept: to get it anew at every step can cost more than the rest."""
+        if len(self.places) == 1:
+            return self
+        room = torch.cat(self._views(params))
+        return dataclasses.replace(self, room=room, parts=tuple(room.split_with_sizes(self.heights)))
+
+    def _views(self, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        views = [params[j] for j in self.places]
+        return views if self.shapes is None else [p.reshape(s) for p, s in zip(views, self.shapes, strict=True)]
 
     def project_(self, params: Sequence[torch.Tensor], c: float) -> None:
         """Project those of `params` that are in the stack."""
-        views = [params[j] for j in self.places]
-        if self.shapes is not None:
-            views = [p.reshape(shape) for p, shape in zip(views, self.shapes, strict=True)]
-        whole = torch.cat(views) if len(views) > 1 else views[0]
+        views = self._views(params)
+        whole = torch.cat(views, out=self.room) if len(views) > 1 else views[0]
         written = ball.project_ball_(whole, c, Vectors(tuple(whole.shape), self.axes))
         if written and len(views) > 1:
-            torch._foreach_copy_(views, torch.split_with_sizes(whole, self.heights))
+            torch._foreach_copy_(views, self.parts or torch.split_with_sizes(whole, self.heights))
 
 
 def stacks(params: Sequence[torch.Tensor], constraint: MaxNorm) -> tuple[list[Stack], list[int]]:
