@@ -184,3 +184,78 @@ def test_which_parameters_have_gradients_may_change():
             optimizer.step()
         found.append([p.detach() for p in params])
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def of_state(name, change):
+    """What puts `change` of a state in its place."""
+    return lambda optimizer, params: optimizer.state[params[0]].update(
+        {name: change(optimizer.state[params[0]][name].clone())}
+    )
+
+
+def forget(optimizer, params):
+    del optimizer.state[params[0]]["momentum_buffer"]
+
+
+def load(optimizer, params):
+    state = copy.deepcopy(optimizer.state_dict())
+    for name in state["state"][0]:
+        state["state"][0][name] *= 2
+    optimizer.load_state_dict(state)
+
+
+def exchange(optimizer, params):
+    params[0] = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(params[0].detach().clone())
+
+
+def turn(optimizer, params):
+    params[0].data = params[0].data.T
+
+
+def grow(optimizer, params):
+    params[0].data = torch.ones(70, 60)
+
+
+def turn_state(optimizer, params):
+    moment = optimizer.state[params[0]]["exp_avg_sq"]
+    moment.data = moment.data.T
+
+
+def negate(optimizer, params):
+    params[0].grad = torch._neg_view(params[0].grad)
+
+
+@pytest.mark.parametrize("size", [10, 60], ids=["stacked", "in pieces"])
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        (ProjectedSGD, turn),
+        (ProjectedSGD, grow),
+        (ProjectedSGD, exchange),
+        (ProjectedSGD, negate),
+        ("momentum", of_state("momentum_buffer", torch.Tensor.neg_)),
+        ("momentum", of_state("momentum_buffer", lambda m: m.T)),
+        ("momentum", forget),
+        ("momentum", load),
+        (ProjectedAdam, of_state("step", lambda step: step + 50)),
+        (ProjectedAdam, of_state("exp_avg", lambda m: m.T)),
+        (ProjectedAdam, load),
+        (ProjectedAdam, turn_state),
+    ],
+)
+def test_what_is_changed_behind_a_plan_is_seen(cls, change, size):
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size, size)) for _ in range(3)]
+        options = {"momentum": 0.9} if cls == "momentum" else {}
+        made = ProjectedSGD if cls == "momentum" else cls
+        optimizer = made(params, lr=0.1, c=3.0, fused=fused, foreach=False, **options)
+        for i in range(5):
+            give_grads(params, i)
+            if i == 3:
+                change(optimizer, params)
+                params[0].grad = torch.randn(params[0].shape) if change is grow else params[0].grad
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
