@@ -205,7 +205,9 @@ def load(optimizer, params):
 
 
 def exchange(optimizer, params):
-    params[0] = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(params[0].detach().clone())
+    old = params[0]
+    params[0] = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(old.detach().clone())
+    params[0].grad = old.grad
 
 
 def turn(optimizer, params):
@@ -213,7 +215,8 @@ def turn(optimizer, params):
 
 
 def grow(optimizer, params):
-    params[0].data = torch.ones(70, 60)
+    params[0].grad, params[0].data = None, torch.ones(70, 60)
+    params[0].grad = torch.randn(70, 60)
 
 
 def turn_state(optimizer, params):
@@ -255,7 +258,6 @@ def test_what_is_changed_behind_a_plan_is_seen(cls, change, size):
             give_grads(params, i)
             if i == 3:
                 change(optimizer, params)
-                params[0].grad = torch.randn(params[0].shape) if change is grow else params[0].grad
             optimizer.step()
         found.append([p.detach() for p in params])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
