@@ -152,10 +152,14 @@ def _number(value: float) -> torch.Tensor:
 
 def _branch_free(x: torch.Tensor, limits: BallLimits, axes: tuple[int, ...]) -> None:
     """Project `x` without reading a number back: the host never waits."""
-    norms = _norm(x, dim=axes, keepdim=True, dtype=torch.float64)
+    factor = factors(_norm(x, dim=axes, keepdim=True, dtype=torch.float64), limits)
+    x.copy_(torch.where(factor < 1, torch.mul(x, factor, out=torch.empty_like(x)), x))
+
+
+def factors(norms: torch.Tensor, limits: BallLimits) -> torch.Tensor:
+    """What vectors with these norms are multiplied by, in float64 as they are; 1 for those that are left alone."""
     outside = (norms > limits.threshold) & norms.isfinite()
-    factor = torch.where(outside, limits.target / norms, 1.0)  # in float32, c / 3e38 may be subnormal
-    x.copy_(torch.where(outside, torch.mul(x, factor, out=torch.empty_like(x)), x))
+    return torch.where(outside, limits.target / norms, 1.0)  # in float32, c / 3e38 may be subnormal
 
 
 @dataclass(frozen=True)

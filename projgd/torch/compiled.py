@@ -57,9 +57,7 @@ def _factors(norms: Tensor, counts: list[int], lengths: list[int], c: Tensor) ->
     limits = [ball.ball_limits(torch.float32, Vectors((1, n), (1,)), c.item()) for n in lengths]
     for one, run in itertools.groupby(zip(limits, counts, strict=True), key=lambda pair: pair[0]):
         part = slice(start, start := start + sum(count for _, count in run))
-        n = norms[part]
-        outside = n.isfinite() & ~(n <= one.threshold)
-        factors[part] = torch.where(outside, one.target / n, 1.0)
+        factors[part] = ball.factors(norms[part], one)
     return factors
 
 
