@@ -309,6 +309,17 @@ class BallLimits:
     fill: bool  # rounding to nearest cannot be tight here (subnormal float16)
 
 
+def least_radius(kind: FloatType) -> float:
+    """2^-16 of it, and of any norm above it, is not subnormal."""
+    return FLOATS[kind.compute].tiny * 2.0**32
+
+
+def check_radius(c: float, kind: FloatType) -> None:
+    """Raise ValueError for a ball that is too small for the arithmetic."""
+    if c < least_radius(kind):
+        raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}: pass at least {least_radius(kind):.0e}")
+
+
 def ball_limits(
     kind: FloatType, shape: tuple[int, ...], axes: tuple[int, ...], c: Scalar, xp: ModuleType, may_fill: bool = True
 ) -> BallLimits:
@@ -317,16 +328,14 @@ def ball_limits(
     length = math.prod([shape[a] for a in axes])
     coarse = math.sqrt(length) * kind.tiny  # the norm of all roundings near zero
     largest = math.ldexp(1 - 2.0**-24, 128) if kind.compute == "float32" else math.ldexp(1 - 2.0**-53, 1024)
-    smallest = FLOATS[kind.compute].tiny * 2.0**32  # 2^-16 of it, and of any norm above it, is not subnormal
     if isinstance(c, (int, float)):
-        if c < smallest:
-            raise ValueError(f"c={c} is too small for arithmetic in {kind.compute}: pass at least {smallest:.0e}")
+        check_radius(c, kind)
         c = min(float(c), largest)
         fill = may_fill and coarse > 2.5e-4 * c
         target = max(c * (1 - 3 * error) - coarse, 0.0) / (1 + kind.unit)
     else:
         c = xp.astype(xp.asarray(c), getattr(xp, kind.compute))
-        c = xp.where(c >= smallest, c, xp.full_like(c, math.nan))  # never a silent no-op
+        c = xp.where(c >= least_radius(kind), c, xp.full_like(c, math.nan))  # never a silent no-op
         fill = may_fill and kind is FLOATS["float16"] and coarse > 2.5e-4 * 1e-3
         target = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
         target = xp.where(target < 0, xp.zeros_like(target), target)

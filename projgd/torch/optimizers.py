@@ -256,7 +256,7 @@ class Projected(Optimizer):
             only_c = settings.moved(group, seen.settings) == {"c"} and seen.has(group["params"])
         now = {**group, **own}
         constraint = settings.constraint_of(now)
-        if not only_c or was is None:
+        if not only_c or was is None or settings.is_tiny(constraint):
             self._check(now, named)
             if seen is not None and was != constraint:
                 for p in group["params"]:
@@ -362,7 +362,9 @@ class _Seen:
 
     def still(self, group: Mapping[str, Any]) -> bool:
         if torch.compiler.is_compiling():  # which watches the parameters itself, and follows c
-            return self.group is group and not settings.moved(group, self.settings, settings.KEYS[1:])
+            now = settings.constraint_of(group)
+            same = self.group is group and not settings.moved(group, self.settings, settings.KEYS[1:])
+            return same and (not settings.is_tiny(now) or now == self.constraint)
         return self.group is group and not settings.moved(group, self.settings) and self.has(group["params"])
 
 

@@ -180,21 +180,28 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
 
     Raises:
         TypeError: a parameter that is not a dense floating-point tensor of a known dtype.
-        ValueError: an uninitialised or expanded parameter, or an axis that it does not have.
+        ValueError: an uninitialised or expanded parameter, an axis that it does not have, or a ball too small for its
+            dtype.
     """
     if constraint is None:
         return
     for name, p in params.items():
         refuse_lazy(p, name)
         _refuse_unmeasurable(p, name)
-        projections.float_type(p, name)
+        kind = projections.float_type(p, name)
         if any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
                 f"{name} is an expanded tensor (stride 0): its entries share memory; pass a .contiguous() one"
             )
-        constraint.resolve(tuple(p.shape), "out_first", name)
+        if constraint.resolve(tuple(p.shape), "out_first", name) is not None and isinstance(constraint, MaxNorm):
+            projections.check_radius(constraint.c, kind)
         if sharded.is_dtensor(p):
             sharded.check(p, constraint, metric, name)
+
+
+def is_tiny(constraint: Constraint | None) -> bool:
+    """Whether a ball may be too small for the dtype of a parameter."""
+    return isinstance(constraint, MaxNorm) and constraint.c < projections.least_radius(projections.FLOATS["float32"])
 
 
 def named(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:

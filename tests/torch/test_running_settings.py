@@ -279,6 +279,31 @@ def test_a_state_that_does_not_fit_is_not_loaded():
     assert norms(p).max() <= 1
 
 
+@pytest.mark.parametrize("way", ["default", "fused", "compiled"])
+def test_a_ball_too_small_for_the_dtype_raises_before_anything_moves(way):
+    torch.compiler.reset()
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    with pytest.raises(ValueError, match="too small for arithmetic in float32: pass at least 5e-29"):
+        ProjectedAdam([p], c=1e-30)
+    lr = torch.tensor(0.1) if way == "compiled" else 0.1
+    optimizer = ProjectedAdam([p], lr=lr, c=1.0, fused=way == "fused")
+    # Inductor, which writes states as soon as it has them; other backends put that off to the end.
+    take = torch.compile(optimizer.step) if way == "compiled" else optimizer.step
+    for c in (1.0, 0.9, 0.8):
+        optimizer.param_groups[0]["c"], p.grad = c, torch.randn(6, 4)
+        take()
+    before, moment = p.detach().clone(), optimizer.state[p]["exp_avg"].clone()
+    optimizer.param_groups[0]["c"] = 1e-30
+    with pytest.raises(ValueError, match="too small"):
+        take()
+    assert torch.equal(p.detach(), before)
+    assert torch.equal(optimizer.state[p]["exp_avg"], moment)
+    double = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    double.grad = torch.randn_like(double)
+    ProjectedAdam([double], c=1e-30).step()
+    assert double.detach().norm(dim=1).max() <= 1e-30
+
+
 def test_hyperball_compiles_into_one_graph():
     torch.compiler.reset()
     torch.manual_seed(0)
