@@ -6,6 +6,7 @@ An *axis* setting says over which axes a norm is taken (the meaning of NumPy and
 * ``"matrix"``: the whole array is one vector if it has two axes or more; a bias or a gain has none;
 * an int or a tuple of ints: those axes, negative ones counted from the end;
 * ``None``: the whole array is one vector;
+* ``"entries"``: every entry is on its own (the sets without vectors, such as `Box`);
 * `Split`: one axis is first cut into equal blocks (grouped layers, attention heads).
 
 `resolve` turns a setting into a `Vectors`: the shape to view the array in, and the axes to reduce there.
@@ -92,6 +93,8 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
     """
     shape = tuple(shape)
     ndim = len(shape)
+    if axis == "entries":
+        return Vectors(shape, ())
     if axis is None:
         return Vectors(shape, tuple(range(ndim)))
     if axis in ("fan_in", "matrix") and ndim < 2:

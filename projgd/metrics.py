@@ -16,12 +16,16 @@ The result is rounded and guarded by the Euclidean projection, so the set's cont
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 from array_api_compat import array_namespace
 
 from projgd import projections
-from projgd.projections import FLOATS, Array, Scalar, float_type
+from projgd.axes import Vectors
+from projgd.bands import Band
+from projgd.projections import SMALL, fill
+from projgd.sums import FLOATS, Array, float_type, norm_error, root, scale, tree_sum
 
 NAMES = ("euclidean", "adaptive")
 """What `metric=` may be in both fronts: the plain norm, or the inner optimizer's own diagonal."""
@@ -39,129 +43,116 @@ FARTHEST = {"float32": 2.0**26, "float64": 2.0**54}
 """Largest radius relative to the vector's entries: beyond, the result moves by less than rounding."""
 
 
-def project_ball(
+def project_band(
     x: Array,
     metric: Array,
-    c: Scalar,
+    band: Band,
     axes: tuple[int, ...],
     xp: ModuleType | None = None,
     repeat: Repeat | None = None,
 ) -> Array:
-    """Nearest point with ‖·‖₂ ≤ c in the norm of `metric`, per vector: argmin Σ D_i (q_i - x_i)².
+    """Move every vector outside of the band to the nearest point of its new norm: argmin Σ D_i (q_i - x_i)².
+
+    The nearest point is not unique where all entries with the smallest D are 0 and the rest falls short of the norm;
+    then these entries share what is missing, with a positive sign. A zero vector stays zero.
 
     Args:
         x: the array; vectors along `axes`.
         metric: D, the shape of `x`, non-negative. Its scale per vector does not matter. A vector in which D has a NaN
             or a negative entry, or is 0 throughout, is projected in the Euclidean metric.
-        c: the bound.
+        band: which norms stay, and what the others become.
         axes: non-negative axes that make one vector.
         xp: the array namespace, found from `x` if not given.
         repeat: the loop to iterate with; by default `STEPS` steps, which traces and never synchronises.
 
     >>> import numpy as np
     >>> y, d = np.asarray([[3.0], [4.0]]), np.asarray([[100.0], [1.0]])
-    >>> project_ball(y, d, 1.0, (0,)).round(4)  # Euclidean: 0.6, 0.8
+    >>> project_band(y, d, Band(0.0, 1.0, 0.0, 1.0), (0,)).round(4)  # Euclidean: 0.6, 0.8
     array([[0.9998],
            [0.0199]])
     """
     xp = xp or array_namespace(x)
     if 0 in x.shape:
         return x
-    limits = projections.ball_limits(float_type(x), x.shape, axes, c, xp)
-    outside, z, r, _ = projections.beyond(x, limits.threshold, axes, xp)
-    q = _nearest(z, r, metric, limits.target, outside, outside, axes, xp, repeat or _all_steps)
-    if limits.fill:
-        stored = projections._fill(q, limits.inner, limits.threshold, axes, xp, x.dtype)
-    else:
-        stored = xp.astype(q, x.dtype)
-    return xp.where(outside, projections.project_ball(stored, c, axes, xp), x)
+    z, r = scale(x, axes, xp)
+    norms = root(tree_sum(z * z, axes, xp), xp) * (r * SMALL)
+    moves, goal = band.goals(norms, xp, SMALL)
+    points = _Points(z, r, goal, moves, norms > goal * SMALL)
+    q = _solve(_equation(points, metric, axes, xp), axes, xp, repeat or _all_steps) * goal
+    if band.pull != 1:
+        q = band.pull * q + (1 - band.pull) * x
+        return xp.where(moves, xp.astype(q, x.dtype), x)
+    stored = xp.astype(q, x.dtype) if band.filled is None else fill(q, band, axes, x.dtype)
+    return xp.where(moves, projections.project_band(stored, band, axes, xp), x)
 
 
-def project_sphere(
-    x: Array,
-    metric: Array,
-    radius: Scalar,
-    axes: tuple[int, ...],
-    xp: ModuleType | None = None,
-    repeat: Repeat | None = None,
-) -> Array:
-    """Nearest point of norm `radius` in the norm of `metric`, per vector; arguments as in `project_ball`.
+@dataclass(frozen=True)
+class _Points:
+    """The points y = z · r, their new norms, which of them move, and which of these are longer than their new norm."""
 
-    The nearest point is not unique where all entries with the smallest D are 0 and the rest falls short of the radius;
-    then these entries share what is missing, with a positive sign. A zero vector stays zero.
-
-    >>> import numpy as np
-    >>> y, d = np.asarray([[0.3], [0.4]]), np.asarray([[100.0], [1.0]])
-    >>> project_sphere(y, d, 1.0, (0,)).round(4)  # the light coordinate makes up the length
-    array([[0.3018],
-           [0.9534]])
-    """
-    xp = xp or array_namespace(x)
-    if 0 in x.shape:
-        return x
-    off, z, r, z_norm = projections.off_sphere(x, radius, axes, xp)
-    longer = z_norm * (r * 2.0**-16) > radius * 2.0**-16
-    q = _nearest(z, r, metric, radius, off, longer, axes, xp, repeat or _all_steps)
-    return xp.where(off, projections.project_sphere(xp.astype(q, x.dtype), radius, axes, xp), x)
+    z: Array
+    r: Array
+    goal: Array
+    moves: Array
+    longer: Array
 
 
-def _nearest(
-    z: Array,
-    r: Array,
-    metric: Array,
-    radius: Scalar,
-    wanted: Array,
-    longer: Array,
-    axes: tuple[int, ...],
-    xp: ModuleType,
-    repeat: Repeat,
-) -> Array:
-    """The point of norm `radius` that is nearest to y = z·r in the metric, for the vectors that are `wanted`.
+@dataclass(frozen=True)
+class _Equation:
+    """The secular equation ‖u / (b + ν)‖ = 1 of every vector, and the interval that its root lies in."""
 
-    `longer` marks those with ‖y‖ ≥ radius. The sum of squares is scaled throughout so that nothing overflows.
-    """
-    compute = str(z.dtype).removeprefix("torch.")
-    unit, tiny = FLOATS[compute].unit, FLOATS[compute].tiny
-    one = xp.ones_like(z)
-    z = xp.where(wanted, z, one)
-    w = _relative(metric, compute, axes, xp)
-    d = xp.where(wanted, w, one)
+    u: Array
+    b: Array
+    low: Array
+    high: Array
+    heaviest: Array  # the largest b
+
+
+def _equation(points: _Points, metric: Array, axes: tuple[int, ...], xp: ModuleType) -> _Equation:
+    """Scale throughout so that nothing overflows: the new norm, max D|y| and max D become 1."""
+    compute = str(points.z.dtype).removeprefix("torch.")
+    unit, tiny, moves = FLOATS[compute].unit, FLOATS[compute].tiny, points.moves
+    one = xp.ones_like(points.z)
+    z = xp.where(moves, points.z, one)
+    d = xp.where(moves, _relative(metric, compute, axes, xp), one)
     u = d * z
     largest = xp.max(xp.abs(u), axis=axes, keepdims=True)
     u = u / largest
-    size = xp.abs(u)
-    ratio = radius / xp.where(wanted, r, xp.ones_like(r))
+    ratio = points.goal / xp.where(moves, points.r, xp.ones_like(points.r))
     b = d * (xp.where(ratio < FARTHEST[compute], ratio, xp.full_like(ratio, FARTHEST[compute])) / largest)
     lightest = xp.min(b, axis=axes, keepdims=True)
     b = b - lightest
     heaviest = xp.max(b, axis=axes, keepdims=True)
-    u_norm = projections._root(projections.tree_sum(u * u, axes, xp), xp)
-    low = xp.max(size - b, axis=axes, keepdims=True)
-    low = xp.maximum(low, u_norm - heaviest)
-    low = xp.maximum(low, xp.where(longer, lightest, xp.zeros_like(lightest)))
+    u_norm = root(tree_sum(u * u, axes, xp), xp)
+    low = xp.maximum(xp.max(xp.abs(u) - b, axis=axes, keepdims=True), u_norm - heaviest)
+    low = xp.maximum(low, xp.where(points.longer, lightest, xp.zeros_like(lightest)))
     low = xp.maximum(low, xp.full_like(low, tiny))
-    high = xp.maximum(u_norm * (1 + 8 * unit), low)
-    close = projections.norm_error(FLOATS[compute], z.shape, axes)
+    return _Equation(u, b, low, xp.maximum(u_norm * (1 + 8 * unit), low), heaviest)
+
+
+def _solve(equation: _Equation, axes: tuple[int, ...], xp: ModuleType, repeat: Repeat) -> Array:
+    """Return the points of norm 1 that solve the equations."""
+    u, b, heaviest = equation.u, equation.b, equation.heaviest
+    close = norm_error(FLOATS[str(u.dtype).removeprefix("torch.")], Vectors(tuple(u.shape), axes))
 
     def newton(nu: Array) -> tuple[Array, Array]:
         below = b + nu
-        scale = xp.sqrt(nu) * xp.sqrt(heaviest + nu)
+        slanted = xp.sqrt(nu) * xp.sqrt(heaviest + nu)
         h = u / below
-        square = projections.tree_sum(h * h, axes, xp)
-        slope = projections.tree_sum(h * h * (scale / below), axes, xp)
-        excess = projections._root(square, xp) - 1
-        step = excess * (square / xp.where(slope > 0, slope, xp.ones_like(slope))) * scale
+        square = tree_sum(h * h, axes, xp)
+        slope = tree_sum(h * h * (slanted / below), axes, xp)
+        excess = root(square, xp) - 1
+        step = excess * (square / xp.where(slope > 0, slope, xp.ones_like(slope))) * slanted
         done = xp.all(xp.abs(excess) <= close)
-        return xp.minimum(xp.maximum(nu + step, low), high), done
+        return xp.minimum(xp.maximum(nu + step, equation.low), equation.high), done
 
-    nu = repeat(newton, low)
-    h = u / (b + nu)
-    missing = 1 - projections.tree_sum(h * h, axes, xp)
-    free = b == 0  # the smallest D: where these are 0 in y, no λ > -min D reaches the radius
+    h = u / (b + repeat(newton, equation.low))
+    missing = 1 - tree_sum(h * h, axes, xp)
+    free = b == 0  # the smallest D: where these are 0 in y, no λ > -min D reaches the norm
     count = xp.sum(xp.astype(free, h.dtype), axis=axes, keepdims=True)
-    filled = xp.sqrt(h * h + xp.where(missing > 0, missing, xp.zeros_like(missing)) / count)
-    filled = xp.where(h < 0, -filled, filled)
-    return radius * xp.where(free & (missing > 8 * close), filled, h)
+    shared = xp.sqrt(h * h + xp.where(missing > 0, missing, xp.zeros_like(missing)) / count)
+    shared = xp.where(h < 0, -shared, shared)
+    return xp.where(free & (missing > 8 * close), shared, h)
 
 
 def _relative(metric: Array, compute: str, axes: tuple[int, ...], xp: ModuleType) -> Array:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from array_api_compat import is_torch_array
 
-from projgd import projections, rules
+from projgd import rules
 from projgd.axes import Vectors
 from projgd.constraints import Constraint
-from projgd.projections import Array
+from projgd.sums import Array, float_type, norm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,7 +151,7 @@ def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None
     """The row of one array; None where it has no vectors. Fronts that know the layer pass its `vectors`."""
     import numpy as np
 
-    projections.float_type(x, name)
+    float_type(x, name)
     vectors = vectors or constraint.resolve(tuple(x.shape), "out_first" if is_torch_array(x) else "out_last", name)
     if vectors is None:
         return None
@@ -159,7 +159,7 @@ def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None
     exact = _float64(stored)
     near = CLOSE[str(x.dtype).removeprefix("torch.")]
     with np.errstate(invalid="ignore", over="ignore"):
-        norms = projections.norm(exact, vectors.axes)
+        norms = norm(exact, vectors.axes)
         finite = np.isfinite(norms)
         distance = constraint.outside(exact, vectors.axes)
         edge = finite & (constraint.outside(exact * (1 + near), vectors.axes) > 0)

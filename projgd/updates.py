@@ -17,11 +17,10 @@ from typing import ClassVar
 from array_api_compat import array_namespace, is_torch_array
 
 from projgd import axes as _axes
-from projgd import projections
 from projgd.axes import Axis, Vectors
 from projgd.config import Configured
 from projgd.constraints import Constraint, positive
-from projgd.projections import Array, Measures, Scalar
+from projgd.sums import Array, Measures, Scalar, float_type, measure
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,11 @@ class Update(Configured, ABC):
 
     def shape(self, u: Array, w: Array, lr: Scalar, axes: tuple[int, ...], xp: ModuleType) -> Array:
         """`u` shaped, in the dtype that sums are taken in. Vectors of u or w that are not finite come as they are."""
-        compute = getattr(xp, projections.float_type(w).compute)
+        compute = getattr(xp, float_type(w).compute)
         u, w = xp.astype(u, compute, copy=False), xp.astype(w, compute, copy=False)
         if 0 in w.shape:
             return u
-        z, r, m = projections.measure(u, w, axes, xp)
+        z, r, m = measure(u, w, axes, xp)
         alpha, length = self.coefficients(m, lr, xp)
         usable = xp.isfinite(m.w) & xp.isfinite(m.u) & (m.u > 0)
         same = length == m.u
@@ -211,20 +210,6 @@ class MaxUpdate(Update):
             return 0.0, length
         least = self.floor * m.w
         return 0.0, xp.where(length < least, least, length)
-
-
-def landed(share: Array, push: Array, m: Measures, radius: Scalar, band: Scalar, xp: ModuleType) -> tuple[Array, Array]:
-    """`share` and `push` with which w + share · w + push · u is on the sphere of `radius`, as `Sphere.land` has it.
-
-    In float64: what becomes of the norm follows from the three measures, and loses digits where w and u cancel.
-    """
-    keep, zero = 1 + share, xp.zeros_like(push)
-    w, u = keep * m.w, push * m.u
-    square = w * w + 2 * w * u * m.cosine + u * u
-    norm = xp.sqrt(xp.where(square > 0, square, zero))
-    off = xp.isfinite(norm) & (norm > 0) & ~(xp.abs(norm - radius) <= band)  # "not near", so that a NaN radius shows
-    scale = xp.where(off, radius / xp.where(off, norm, zero + 1), zero + 1)
-    return share * scale + (scale - 1), push * scale
 
 
 def _axis(axis: Axis) -> Axis:

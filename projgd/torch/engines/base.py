@@ -1,0 +1,165 @@
+"""What an engine is, and what it is asked to do.
+
+An engine applies the constraint of a param group to parameters in place; an engine with `steps` also runs the
+optimizer's update. `projgd.torch.routing` has the table of engines, best first, and asks them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from projgd.axes import Vectors
+from projgd.bands import Band
+from projgd.constraints import Constraint
+from projgd.sums import FLOATS, FloatType
+from projgd.torch.metrics import Metric
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes of tensors that are what they seem: not sharded, not wrapped."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a param group asks of an engine at one step.
+
+    Attributes:
+        optimizer: the optimizer that steps; engines read its state.
+        inner: its class, without the projection.
+        group: the param group, with the hyperparameters as they are now.
+        constraint: the set that is projected onto; None for a free group.
+        metric: the diagonal metric of the step; None for the Euclidean one.
+        radii: the initial norms that a set has taken, by parameter.
+        skip: GradScaler's count of gradients with inf or NaN: where it is positive, the step leaves everything as it
+            is. None without a GradScaler.
+        forced: the name of the engine that the user asks for; None for the best one.
+    """
+
+    optimizer: Optimizer
+    inner: type[Optimizer]
+    group: Mapping[str, Any]
+    constraint: Constraint | None
+    metric: Metric | None = None
+    radii: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    skip: Tensor | None = None
+    forced: str | None = None
+
+    def vectors(self, p: Tensor) -> Vectors | None:
+        """Return the vectors of a parameter that the constraint is about; None where nothing of it is projected."""
+        return None if self.constraint is None else self.constraint.resolve(tuple(p.shape), "out_first")
+
+    def bound(self, p: Tensor) -> Constraint:
+        """Return the constraint of a parameter, with the radii that it has taken."""
+        assert self.constraint is not None
+        return self.constraint.bind(self.radii[p]) if p in self.radii else self.constraint
+
+    def band(self, p: Tensor, vectors: Vectors | None = None) -> Band | None:
+        """Return the band of a parameter for weights that a step has just moved; None for a set without one."""
+        vectors = vectors or self.vectors(p)
+        if self.constraint is None or vectors is None:
+            return None
+        if p in self.radii:
+            return self.bound(p).band(float_kind(p.dtype), vectors, moved=True)
+        return band_of(self.constraint, p.dtype, vectors)
+
+
+class Engine(Protocol):
+    """One way to apply a constraint.
+
+    Attributes:
+        name: what `optimizer.routes()` and `engine=` call it.
+        steps: whether it runs the optimizer's update, too.
+    """
+
+    name: str
+    steps: bool
+
+    def refuses(self, job: Job, p: Tensor) -> str | None:
+        """Say in a sentence for the user why this engine cannot take `p`; None if it can."""
+
+    def prepare(self, job: Job, params: Sequence[Tensor]) -> Any:
+        """Return what stays from step to step, for parameters that the engine does not refuse."""
+
+    def run(self, prepared: Any, job: Job, params: Sequence[Tensor]) -> None:
+        """Update (if the engine `steps`) and project `params` in place; `prepared` was made for the same ones."""
+
+
+def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[Engine | None, dict[str, str]]:
+    """Return the first engine that does not refuse `p`, and what those before it say."""
+    refusals = {}
+    for engine in engines:
+        reason = engine.refuses(job, p)
+        if reason is None:
+            return engine, refusals
+        refusals[engine.name] = reason
+    return None, refusals
+
+
+def project_with(engines: Sequence[Engine], job: Job, params: Sequence[Tensor]) -> None:
+    """Project tensors that lie inside of parameters, each with the first engine that takes it."""
+    taken: dict[str, tuple[Engine, list[Tensor]]] = {}
+    for p in params:
+        engine, refusals = first_that_takes(engines, job, p)
+        assert engine is not None, refusals
+        taken.setdefault(engine.name, (engine, []))[1].append(p)
+    for engine, some in taken.values():
+        engine.run(engine.prepare(job, some), job, some)
+
+
+def float_kind(dtype: torch.dtype) -> FloatType:
+    """Return the `FloatType` of a dtype."""
+    return FLOATS[str(dtype).removeprefix("torch.")]
+
+
+@functools.lru_cache(maxsize=4096)
+def band_of(constraint: Constraint, dtype: torch.dtype, vectors: Vectors) -> Band | None:
+    """Return `constraint.band` for weights that a step has just moved, remembered."""
+    return constraint.band(float_kind(dtype), vectors, moved=True)
+
+
+def rows_in_memory(p: Tensor, vectors: Vectors | None) -> tuple[int, int] | None:
+    """Return (count, length) if the memory of `p` is `count` vectors one after the other, each one contiguous run.
+
+    A tensor without vectors is one run. Convolutions in channels-last memory are such rows, too. None for memory with
+    gaps, and for vectors that lie in it in another way.
+    """
+    if vectors is not None and vectors.shape != tuple(p.shape):  # an axis was cut
+        if not p.is_contiguous():
+            return None
+        shape, stride = vectors.shape, _strides(vectors.shape)
+    else:
+        shape, stride = tuple(p.shape), p.stride()
+    along = range(len(shape)) if vectors is None else vectors.axes
+    expected, length, is_along = 1, 1, True
+    for a in sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: stride[a]):
+        if stride[a] != expected or (a in along and not is_along):
+            return None
+        expected *= shape[a]
+        if a in along:
+            length *= shape[a]
+        else:
+            is_along = False
+    return (expected // max(length, 1), length) if 0 not in shape else None
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * n)
+    return tuple(reversed(strides)) if shape else ()
+
+
+def is_alike(a: Any, p: Tensor) -> bool:
+    """Whether the memory of a gradient or a state can be walked along with that of `p`."""
+    return (
+        type(a) in PLAIN
+        and a.layout == torch.strided
+        and (a.dtype, a.device, a.shape, a.stride()) == (p.dtype, p.device, p.shape, p.stride())
+        and not a.is_neg()
+    )
