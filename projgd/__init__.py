@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from projgd.axes import Split
 from projgd.config import from_config
-from projgd.constraints import Box, Constraint, MaxNorm, NonNegative, Sphere, UnitNorm
+from projgd.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNegative, Sphere, UnitNorm
 from projgd.report import report
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
@@ -32,6 +32,7 @@ __all__ = [
     "Constraint",
     "MaxNorm",
     "MaxUpdate",
+    "MinMaxNorm",
     "NonNegative",
     "ProjectedAdam",
     "ProjectedAdamW",

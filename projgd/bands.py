@@ -1,7 +1,7 @@
 """A norm set is a band: which norms stay, and what the norm of every other vector becomes.
 
-The guards for rounding are in the numbers of the band. Let e be the relative error of a computed norm (`sums.guard`) and
-u the rounding of the stored dtype. For a ball of radius c a computed norm above T = c(1 - e) may be that of a vector
+The guards for rounding are in the numbers of the band. Let e be the relative error of a computed norm (`sums.guard`)
+and u the rounding of the stored dtype. For a ball of radius c a computed norm above T = c(1 - e) may be that of a vector
 outside, and such a vector is scaled to s = c(1 - 3e)/(1 + u):
 
 * what stays has a true norm of at most T(1 + e) <= c;
@@ -76,11 +76,11 @@ class Band:
         >>> Band(low=1.0, high=2.0, up=1.0, down=2.0).factors(np.asarray([0.5, 1.5, 8.0, 0.0]), np)
         array([2.  , 1.  , 0.25, 1.  ])
         """
-        moves, goal = self.goals(norms, xp)
-        factor = xp.where(moves, goal, xp.ones_like(norms)) / xp.where(moves, norms, xp.ones_like(norms))
-        if self.pull == 1:
-            return factor
-        return xp.where(moves, self.pull * factor + (1 - self.pull), factor)
+        goal = xp.where(norms <= self.high, xp.where(norms >= self.low, norms, self.up), self.down)
+        usable = (norms > 0) & (norms < math.inf)
+        # A division last: XLA moves what is cheaper into the product, where it is computed again for every entry.
+        factor = xp.where(usable, goal, 1.0) / xp.where(usable, norms, 1.0)
+        return factor if self.pull == 1 else self.pull * factor + (1 - self.pull)
 
     def unless(self, skip: Array, xp: ModuleType) -> Band:
         """Return this band, or where the 0-d array `skip` is positive the band in which every norm stays."""
@@ -120,8 +120,8 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
 def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool = False) -> Band:
     """Return the band of ‖w‖ = radius, to rounding.
 
-    The band is one that no rounding can leave, so that projecting again changes no bit. For vectors that a step has just
-    `moved` it is what rounding usually does, some ten times less, so that many steps stay where exact arithmetic would
+    The band is one that no rounding can leave, so that projecting again changes no bit. For vectors that a step has
+    just `moved` it is what rounding usually does, some ten times less, so that many steps stay where exact arithmetic would
     take them.
     """
     length, compute = math.sqrt(vectors.length), FLOATS[kind.compute].unit

@@ -42,6 +42,11 @@ class Constraint(Configured, ABC):
         """Whether the set takes numbers from the initial weights, see `initial`."""
         return False
 
+    @property
+    def fixes_norm(self) -> bool:
+        """Whether all vectors in the set have one norm, so that weight decay has nothing to do."""
+        return False
+
     @abstractmethod
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         """Project every vector of `x`, for a caller that has settled the layout.
@@ -328,6 +333,10 @@ class Sphere(NormSet):
     @property
     def takes_initial(self) -> bool:
         return isinstance(self.radius, str)
+
+    @property
+    def fixes_norm(self) -> bool:
+        return True
 
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         return norms_of(x, axes, name, f"{self} keeps the initial norm", xp) if self.takes_initial else None

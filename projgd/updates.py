@@ -34,6 +34,10 @@ class Update(Configured, ABC):
 
     needs_norm: ClassVar[bool]
     """Whether a zero weight vector would stay zero for ever."""
+    needs_lr: ClassVar[bool] = False
+    """Whether the learning rate decides about the length of the update."""
+    keeps_direction: ClassVar[bool]
+    """Whether the update keeps its direction: no share of the weights is added, and the cosine is not needed."""
 
     @property
     @abstractmethod
@@ -80,16 +84,21 @@ class Update(Configured, ABC):
         Raises:
             ValueError: an axis that the array does not have, or other vectors than those of the set.
         """
-        axis = getattr(beside, "axis", "nothing beside")
-        if axis == "nothing beside":
-            return _axes.resolve("matrix" if self.axis == "set" else self.axis, shape, layout, name)
-        of_set = _axes.resolve(axis, shape, layout, name)
-        if self.axis != "set" and of_set != _axes.resolve(self.axis, shape, layout, name):
+        if beside is None or beside.axis == "entries":
+            return _axes.resolve(self.axis_beside(beside), shape, layout, name)
+        vectors = _axes.resolve(beside.axis, shape, layout, name)
+        if self.axis != "set" and vectors != _axes.resolve(self.axis, shape, layout, name):
             raise ValueError(
                 f"{self} and {beside} have different vectors in {name} with shape {shape}: leave the update's axis "
                 "out, and it takes the set's"
             )
-        return of_set
+        return vectors
+
+    def axis_beside(self, constraint: Constraint | None) -> Axis:
+        """Return what makes one vector of the update beside a constraint: the set's axis, if it has vectors."""
+        if constraint is not None and constraint.axis != "entries":
+            return constraint.axis
+        return "matrix" if self.axis == "set" else self.axis
 
     def shape(self, u: Array, w: Array, lr: Scalar, axes: tuple[int, ...], xp: ModuleType) -> Array:
         """`u` shaped, in the dtype that sums are taken in. Vectors of u or w that are not finite come as they are."""
@@ -120,6 +129,8 @@ class RelativeUpdate(Update):
     """
 
     needs_norm = True
+    needs_lr = True
+    keeps_direction = True
     axis: Axis = "set"
 
     def __post_init__(self) -> None:
@@ -139,6 +150,7 @@ class TangentUpdate(Update):
     """
 
     needs_norm = False
+    keeps_direction = False
     axis: Axis = "set"
 
     def __post_init__(self) -> None:
@@ -161,6 +173,7 @@ class RadialBrake(Update):
     """
 
     needs_norm = False
+    keeps_direction = False
     outward: float = 0.5
     inward: float = 1.0
     axis: Axis = "set"
@@ -176,11 +189,11 @@ class RadialBrake(Update):
         largest = xp.where(largest > 0, largest, xp.ones_like(largest))
         w, u = m.w / largest, m.u / largest
         square = w * w + 2 * w * u * m.cosine + u * u
-        landed = xp.sqrt(xp.where(square > 0, square, xp.zeros_like(square)))
+        reached = xp.sqrt(xp.where(square > 0, square, xp.zeros_like(square)))
         change = u * (2 * w * m.cosine + u)  # over the sum of both norms: their difference without cancellation
         lost = 1 - xp.where(change > 0, self.outward, self.inward)
-        there = landed > 0
-        alpha = xp.where(there, -lost * change / xp.where(there, landed * (landed + w), xp.ones_like(w)), landed)
+        sums = reached * (reached + w)
+        alpha = xp.where(reached > 0, -lost * change / xp.where(reached > 0, sums, xp.ones_like(w)), reached)
         return alpha, m.u + alpha * m.u
 
 
@@ -193,6 +206,7 @@ class MaxUpdate(Update):
     """
 
     needs_norm = True
+    keeps_direction = True
     ratio: float
     floor: float | None = None
     axis: Axis = "set"

@@ -22,8 +22,10 @@ from projgd.torch.hyperball import hyperball
 from projgd.torch.layers import param_groups
 from projgd.torch.metrics import register_metric
 from projgd.torch.optimizers import Projected, projected
+from projgd.torch.routing import Choice, Routes
 
 __all__ = [
+    "Choice",
     "Projected",
     "ProjectedASGD",
     "ProjectedAdadelta",
@@ -40,6 +42,7 @@ __all__ = [
     "ProjectedRprop",
     "ProjectedSGD",
     "ProjectedSparseAdam",
+    "Routes",
     "hyperball",
     "param_groups",
     "project_after_step",

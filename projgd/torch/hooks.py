@@ -12,11 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from projgd import rules
 from projgd.constraints import Constraint
 from projgd.rules import Rules
-from projgd.torch import layers, settings
-from projgd.torch.project import project_params
-from projgd.torch.sparse import MovedRows
+from projgd.torch import layers, routing, settings
+from projgd.torch.engines.base import Job
+from projgd.torch.engines.rows import forget_written_tables
 
-Plan = list[list[Constraint | None]]  # the constraint of each parameter, by its place in `optimizer.param_groups`
+Chosen = list[list[Constraint | None]]  # the constraint of each parameter, by its place in `optimizer.param_groups`
 
 
 def project_after_step(
@@ -58,29 +58,33 @@ def project_after_step(
             f"project_after_step() takes a torch.optim.Optimizer, not {type(optimizer).__name__}; "
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
         )
-    plan = _plan(optimizer, constraint, model)
+    chosen = _choose(optimizer, constraint, model)
     seen: list[list[int]] = []  # once more at the first step: the model may have been wrapped since
-    rows = MovedRows(optimizer, type(optimizer))
+    router = routing.Router()
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal plan, seen
+        nonlocal chosen, seen
         if (now := _tensors(optimizer)) != seen:
-            if list(map(len, now)) != list(map(len, plan)):
-                plan = _plan(optimizer, constraint, model)
-            _check(optimizer, plan)  # before the step writes anything
+            if list(map(len, now)) != list(map(len, chosen)):
+                chosen = _choose(optimizer, constraint, model)
+            _check(optimizer, chosen)  # before the step writes anything
             seen = now
-        rows.before_step()
+            router.clear()
+        forget_written_tables(optimizer)
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         skip = getattr(optimizer, "found_inf", None)
+        work = []
+        for group, constraints in zip(optimizer.param_groups, chosen, strict=True):
+            by_constraint: dict[Constraint, list[torch.Tensor]] = {}
+            for p, own in zip(group["params"], constraints, strict=True):
+                if own is not None and (without_grad or p.grad is not None):
+                    by_constraint.setdefault(own, []).append(p)
+            options = {"without_grad": without_grad}
+            for own, params in by_constraint.items():
+                work.append((Job(optimizer, type(optimizer), options, own, skip=skip), params))
         with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-            for group, constraints in zip(optimizer.param_groups, plan, strict=True):
-                chosen: dict[Constraint, list[torch.Tensor]] = {}
-                for p, own in zip(group["params"], constraints, strict=True):
-                    if own is not None and (without_grad or p.grad is not None):
-                        chosen.setdefault(own, []).append(p)
-                for own, params in chosen.items():
-                    project_params(params, own, skip, rows=None if without_grad else rows)
+            routing.project(router.routes(work, may_step=False))
 
     pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     handle = RemovableHandle(post, extra_dict=pre)
@@ -88,7 +92,7 @@ def project_after_step(
     return handle
 
 
-def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Plan:
+def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Chosen:
     """By places, not by tensors: a wrapper such as Accelerate's for FSDP2 puts other tensors there later."""
     if not isinstance(constraint, (Constraint, Mapping)):
         raise TypeError(
@@ -98,8 +102,8 @@ def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.
     if model is not None:
         wanted = layers.constraints(model, constraint)
         of_tensor = {id(p): wanted[name] for name, p in model.named_parameters()}
-        plan = [[of_tensor.get(id(p)) for p in group.values()] for group in named]
-        if not any(own is not None for constraints in plan for own in constraints):
+        chosen = [[of_tensor.get(id(p)) for p in group.values()] for group in named]
+        if not any(own is not None for constraints in chosen for own in constraints):
             raise ValueError(
                 "nothing would be projected: the optimizer has none of the parameters of model= that the constraint "
                 "is for. Pass the model that the optimizer was made from"
@@ -111,25 +115,25 @@ def _plan(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.
                 "instead of model.parameters()"
             )
         of_name = rules.assign(constraint, [name for group in named for name in group])
-        plan = [[of_name[name] for name in group] for group in named]
+        chosen = [[of_name[name] for name in group] for group in named]
     else:
-        plan = [[constraint] * len(group) for group in named]
-    held = _check(optimizer, plan)
+        chosen = [[constraint] * len(group) for group in named]
+    held = _check(optimizer, chosen)
     if model is None and isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, held)
-    return plan
+    return chosen
 
 
 def _tensors(optimizer: Optimizer) -> list[list[int]]:
     return [list(map(id, group["params"])) for group in optimizer.param_groups]
 
 
-def _check(optimizer: Optimizer, plan: Plan) -> dict[str, bool]:
-    """Refuse what cannot be honoured of a plan; whether each parameter, by name, has vectors to hold."""
+def _check(optimizer: Optimizer, chosen: Chosen) -> dict[str, bool]:
+    """Refuse a constraint that cannot be applied; return whether each parameter, by name, has vectors to hold."""
     held = {}
-    for i, (group, constraints) in enumerate(zip(optimizer.param_groups, plan, strict=True)):
+    for i, (group, constraints) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         for (name, p), own in zip(settings.named(group, i).items(), constraints, strict=True):
-            if getattr(own, "radius", None) == "initial":
+            if own is not None and own.takes_initial:
                 raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
             settings.check(own, {name: p})
             held[name] = own is not None and own.resolve(tuple(p.shape), "out_first", name) is not None

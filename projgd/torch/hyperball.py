@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch.optim import Optimizer
 
@@ -13,17 +13,24 @@ from projgd.torch.optimizers import Projected, as_list, projected
 from projgd.updates import RelativeUpdate
 
 
-def hyperball(cls: type[Optimizer]) -> Callable[..., Projected]:
-    """`projected(cls)` with the settings of Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖ for every matrix.
+@functools.cache
+def hyperball(cls: type[Optimizer]) -> type[Projected]:
+    """Return the optimizer class `cls` as Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖ for every matrix.
 
-    u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, scheduled as ever
-    (Wen, Dang, Lyu, Ma, Liang 2026, arXiv 2606.16899). In other words: `constraint=Sphere("initial", axis="matrix")`,
-    `update=RelativeUpdate()` and no weight decay, whose work of holding the norm the sphere does. Biases and gains, and
-    groups with `constraint=None`, take the step of `cls` itself.
+    u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, scheduled as ever.
+    In other words: `projected(cls)` with `constraint=Sphere("initial", axis="matrix")`, `update=RelativeUpdate()` and
+    no weight decay, whose work of holding the norm the sphere does. Biases and gains, and groups with `constraint=None`,
+    take the step of `cls` itself.
+
+    Args:
+        cls: an optimizer class with an `lr`.
+
+    Returns:
+        A class whose constructor takes what that of `cls` takes.
 
     Raises:
-        ValueError: a `weight_decay` for the matrices; a matrix that starts at zero, as residual projections often do,
-            and so has no radius.
+        ValueError: when the optimizer is made: a `weight_decay` for the matrices; a matrix that starts at zero, as
+            residual projections often do, and so has no radius.
 
     >>> import torch
     >>> layer = torch.nn.Linear(4, 4)
@@ -33,11 +40,14 @@ def hyperball(cls: type[Optimizer]) -> Callable[..., Projected]:
     >>> opt.step()
     >>> bool(torch.isclose(layer.weight.norm(), before, rtol=1e-6))
     True
+
+    References:
+        Wen, Dang, Lyu, Ma, Liang, *Hyperball*, 2026, arXiv 2606.16899.
     """
-    made = projected(cls)
+    base: Any = projected(cls)
     takes = inspect.signature(cls).parameters
 
-    def make(params: Any, *args: Any, **kwargs: Any) -> Projected:
+    def init(self: Projected, params: Any, *args: Any, **kwargs: Any) -> None:
         decay = dict(zip(takes, (params, *args), strict=False)).get("weight_decay", kwargs.get("weight_decay"))
         groups = params = as_list(params)
         own = [g.get("weight_decay") for g in groups if isinstance(g, dict) and g.get("constraint", cls) is not None]
@@ -49,6 +59,15 @@ def hyperball(cls: type[Optimizer]) -> Callable[..., Projected]:
         if decay is None and "weight_decay" in takes:
             kwargs["weight_decay"] = 0.0
         fixed: dict[str, Any] = {"constraint": Sphere("initial", axis="matrix"), "update": RelativeUpdate()}
-        return made(params, *args, **kwargs, **fixed)
+        base.__init__(self, params, *args, **kwargs, **fixed)
 
-    return make
+    def reduce_ex(self: Projected, protocol: Any) -> Any:
+        return _make_blank, (cls,), self.__getstate__()
+
+    body = {"__init__": init, "__reduce_ex__": reduce_ex, "__doc__": f"Hyperball over `{cls.__qualname__}`."}
+    return cast("type[Projected]", type(f"Hyperball{cls.__name__}", (base,), {**body, "__module__": cls.__module__}))
+
+
+def _make_blank(cls: type[Optimizer]) -> Projected:
+    made = hyperball(cls)
+    return made.__new__(made)

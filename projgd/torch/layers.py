@@ -180,7 +180,7 @@ def _wanted(constraint: Constraint | Rules, places: Mapping[str, list[_Place]]) 
 
 
 def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | None:
-    if getattr(own, "axis", None) != "fan_in":
+    if own is None or own.axis != "fan_in":
         return own
     found = {_fan_in(p) for p in places}
     if len(found) > 1:
@@ -206,12 +206,16 @@ def _warn(
             "effective weight that the parametrization makes from it",
             stacklevel=4,
         )
-    if unknown := [name for name, p in held if not p.known and getattr(wanted[name], "axis", None) == "fan_in"]:
+    if unknown := [name for name, p in held if not p.known and _is_fan_in(wanted[name])]:
         warnings.warn(
             f"{', '.join(unknown)}: not a weight of a layer that projgd knows, read as (out, in, *kernel); "
             "a rule with an explicit axis settles it",
             stacklevel=4,
         )
+
+
+def _is_fan_in(constraint: Constraint | None) -> bool:
+    return constraint is not None and constraint.axis == "fan_in"
 
 
 def _is_conv1d_of_transformers(layer: nn.Module) -> bool:

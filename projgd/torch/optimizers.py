@@ -1,4 +1,8 @@
-"""Any `torch.optim.Optimizer` with a projection after its step."""
+"""Any `torch.optim.Optimizer` with a projection after its step.
+
+A step goes straight down: settings (only if a group has changed), routes (only if settings, tensors or memory have
+changed), `engine.run`.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,20 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.axes import Axis
 from projgd.constraints import Constraint
-from projgd.torch import metrics, path, settings, shaping
-from projgd.torch.project import project_group
-from projgd.torch.sparse import MovedRows
+from projgd.torch import metrics, routing, settings, shaping
+from projgd.torch.engines.base import Job
+from projgd.torch.engines.rows import forget_written_tables
+from projgd.torch.radii import KEY, Radii
+from projgd.torch.settings import Snapshot
 from projgd.updates import Update
 
 # Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
@@ -27,7 +33,7 @@ _FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 # The decorator that sets the grad mode around the steps of torch.optim; it breaks a compiled graph on purpose.
 _BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
 
-_UNSAID: Any = ...  # for a setting, None says something
+_NOT_GIVEN: Any = ...  # for a setting, None says something
 _made: dict[type[Optimizer], type[Projected]] = {}
 
 
@@ -40,7 +46,7 @@ class Projected(Optimizer):
 
     inner: ClassVar[type[Optimizer]]
     __signature__: ClassVar[inspect.Signature]  # what help() shows
-    _seen: tuple[_Seen, ...] = ()  # the groups as they were when they were last checked
+    _seen: tuple[Snapshot, ...] = ()  # the groups as they were when they were last checked
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,23 +66,24 @@ class Projected(Optimizer):
         self,
         params: Any,
         *args: Any,
-        c: float | torch.Tensor | None = _UNSAID,
-        axis: Axis = _UNSAID,
-        constraint: Constraint | None = _UNSAID,
-        update: Update | None = _UNSAID,
-        gradient: Literal["tangent"] | None = _UNSAID,
-        metric: Literal["euclidean", "adaptive"] = _UNSAID,
-        without_grad: bool = _UNSAID,
+        c: float | Tensor | None = _NOT_GIVEN,
+        axis: Axis = _NOT_GIVEN,
+        constraint: Constraint | None = _NOT_GIVEN,
+        update: Update | None = _NOT_GIVEN,
+        gradient: Literal["tangent"] | None = _NOT_GIVEN,
+        metric: Literal["euclidean", "adaptive"] = _NOT_GIVEN,
+        without_grad: bool = _NOT_GIVEN,
+        engine: str | None = None,
         **kwargs: Any,
     ) -> None:
-        said = (c, axis, constraint, update, gradient, metric, without_grad)
-        own = {k: v for k, v in zip(settings.KEYS, said, strict=True) if v is not _UNSAID}
+        given = (c, axis, constraint, update, gradient, metric, without_grad)
+        own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
         self._inherited = settings.settle(own, {})
-        # Radii of the initial weights that are not in the state, where they belong: a parameter with a radius there and
-        # nothing else would not look new to the optimizer. `state_dict` puts them there once they cannot harm.
-        self._waiting: dict[torch.Tensor, torch.Tensor] = {}
-        self._moved: set[int] = set()  # ids of those of them that the optimizer has stepped, perhaps without a state
+        self._radii = Radii(self)
         self._has_projected: bool | None = False  # None while a step runs that may not come to it
+        self._engine = engine
+        if engine is not None and engine not in routing.NAMES:
+            raise ValueError(f"engine={engine!r} is not known: pass one of {', '.join(routing.NAMES)}, or None")
         self._refuse_misspelt(kwargs)
         params = as_list(params)
         super().__init__(params, *args, **kwargs)
@@ -86,10 +93,14 @@ class Projected(Optimizer):
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with `c`, `axis`, `constraint` or `update` of its own or the constructor's.
+        """Add a group, with settings of its own or the constructor's.
+
+        Args:
+            param_group: `params`, and any of the optimizer's options, `c`, `axis`, `constraint`, `update`, `gradient`,
+                `metric` and `without_grad`.
 
         Raises:
-            TypeError, ValueError: what `projgd` or the optimizer cannot honour; nothing is added then.
+            TypeError, ValueError: what `projgd` or the optimizer cannot do; nothing is added then.
         """
         group = dict(param_group)
         group["params"] = as_list(group["params"])
@@ -104,133 +115,146 @@ class Projected(Optimizer):
         settings.refuse_lone_axis(param_group, [group])
         named = settings.named(group, len(self.param_groups))
         self._check(group, named)
-        initial = shaping.initial(settings.constraint_of(group), named)
+        taken = shaping.take_initial(settings.constraint_of(group), named)
         super().add_param_group(group)
-        self._waiting |= initial
-        self._seen = (*self._seen, _Seen.of(self.param_groups[-1]))
+        self._radii.add(taken)
+        self._seen = (*self._seen, Snapshot.of(self.param_groups[-1]))
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The inner optimizer's own step, its update shaped where a group says so, then the projection.
+        """Run the inner optimizer's step, then project the parameters.
 
         The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
         every hook runs once, and a post-hook sees the projected weights.
 
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            *args, **kwargs: passed on to the inner step.
+
+        Returns:
+            What the inner step returned: that loss, or None.
+
         Raises:
-            TypeError, ValueError: a setting changed in a group that cannot be honoured; nothing is written then.
+            TypeError, ValueError: a setting was changed in a group to what cannot be done; nothing is written then.
         """
-        self._settle()
-        fused_step = None if args or kwargs else path.stepper(self)
-        if fused_step is None:
-            return self._eager_step(closure, *args, **kwargs)
+        self._adopt_changes()
+        compiled = torch.compiler.is_compiling()
+        may_step = not (args or kwargs or compiled) and routing.may_step(self.inner, self.param_groups)
+        if not compiled:  # a compiled graph has no sparse gradients
+            forget_written_tables(self)
+        if not may_step:
+            kept = metrics.before_step(self, self.inner)
+            loss = self._run_inner(self, closure, *args, **kwargs)
+            self._project(kept)
+            return loss
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if left := fused_step(self):
-            groups, self.param_groups = self.param_groups, left
-            try:
-                with torch.no_grad():
-                    self._eager_step(None)
-            finally:
-                self.param_groups = groups
-        self._note_moved()
-        self._has_projected = True
+        with torch.no_grad():
+            work = self._routes({}, may_step=True)
+            stepped: set[int] = set()
+            for job, route in work:
+                if route.engine.steps:
+                    route.run(job)
+                    stepped |= set(map(id, route.params))
+            if rest := routing.without(self, stepped):
+                self._run_inner(rest, None)
+            self._run(work)
         return loss
 
-    def projection_path(self) -> dict[str, path.Path]:
-        """The path that each parameter takes, "fused", "kernel" or "eager", and why, by the parameter's name.
+    def routes(self, compiled: bool = False) -> routing.Routes:
+        """Return the engine that projects each parameter, and what the engines that are tried before it say.
+
+        Args:
+            compiled: whether to answer for a step inside of torch.compile.
 
         >>> layer = torch.nn.Linear(3, 2)
         >>> opt = projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0)
-        >>> print(opt.projection_path()["bias"])
-        eager: it has no fan-in: nothing of it is projected
+        >>> print(opt.routes()["bias"].engine)
+        free
         """
-        self._settle()
-        return path.by_parameter(self)
+        self._adopt_changes()
+        may_step = not compiled and routing.may_step(self.inner, self.param_groups)
+        found = routing.Routes()
+        grad_enabled = bool(self.defaults.get("differentiable"))
+        with torch.set_grad_enabled(grad_enabled):
+            for i, job in enumerate(self._jobs({}, compiled)):
+                for name, p in settings.named(job.group, i).items():
+                    engine, refusals = routing.choose(job, p, may_step)
+                    found[name] = routing.Choice(engine.name if engine else routing.FREE, refusals)
+        return found
 
-    def _eager_step(self, closure: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
+    def _run_inner(self, optimizer: Optimizer, closure: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
+        """Run the inner class's step on `optimizer`: this one, or a view of it with fewer parameters."""
         inner: Any = _unhooked(self.inner.step)
         differentiable = bool(self.defaults.get("differentiable"))
         breaks_graphs = torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS
 
         def call(closure: Callable[[], Any] | None) -> Any:
-            given = (self, closure, *args) if args or closure is not None else (self,)
+            given = (optimizer, closure, *args) if args or closure is not None else (optimizer,)
             if not breaks_graphs:
                 return inner(*given, **kwargs)
             with torch.set_grad_enabled(differentiable):
                 return inner.__wrapped__(*given, **kwargs)
 
-        rows = None if torch.compiler.is_compiling() else self._rows  # a compiled graph has no sparse gradients
-        if rows:
-            rows.before_step()
-        kept = metrics.before_step(self, self.inner)
-        radii = self._radii()
-        if any(shaping.is_shaped(group) for group in self.param_groups):
-            room = {} if torch.compiler.is_compiling() else self._room
-            loss = shaping.step(self.inner, self.param_groups, radii, room, call, closure)
-        else:
-            loss = call(closure)
-        self._note_moved()
-        self._project(radii, kept, rows)
-        return loss
+        if not any(shaping.is_shaped(group) for group in optimizer.param_groups):
+            return call(closure)
+        self._all_radii()  # of the weights as they are before the step
+        spare = {} if torch.compiler.is_compiling() else self._spare
+        return shaping.step(self.inner, optimizer.param_groups, spare, call, closure)
 
-    def _project(
-        self,
-        radii: Mapping[torch.Tensor, torch.Tensor],
-        kept: Mapping[torch.Tensor, dict[str, Any]],
-        rows: MovedRows | None,
-    ) -> None:
+    def _project(self, kept: Mapping[Tensor, dict[str, Any]]) -> None:
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            for group in self.param_groups:
-                metric = metrics.after_step(self, self.inner, group, kept)
-                left = shaping.not_landed(group)
-                project_group(left, getattr(self, "found_inf", None), metric, radii, rows)
+            self._run(self._routes(kept, may_step=False))
+
+    def _run(self, work: Iterable[tuple[Job, routing.Route]]) -> None:
+        """Run the engines that only project."""
+        self._radii.note_step()
+        routing.project(work)
         self._has_projected = True
 
-    @functools.cached_property
-    def _rows(self) -> MovedRows:
-        return MovedRows(self, self.inner)
+    def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
+        compiled = torch.compiler.is_compiling()
+        work = [(job, routing.projected_params(job.group)) for job in self._jobs(kept, compiled)]
+        if compiled:
+            return [(job, route) for job, params in work for route in routing.make_routes(job, params, may_step)]
+        return self._router.routes(work, may_step)
+
+    def _jobs(self, kept: Mapping[Tensor, dict[str, Any]], compiled: bool) -> list[Job]:
+        radii, skip = self._all_radii(), getattr(self, "found_inf", None)
+        return [
+            Job(
+                self,
+                self.inner,
+                group,
+                seen.constraint if not compiled else settings.constraint_of(group),
+                metrics.after_step(self, self.inner, group, kept),
+                radii,
+                skip,
+                self._engine,
+                compiled,
+            )
+            for group, seen in zip(self.param_groups, self._seen, strict=True)
+        ]
+
+    def _all_radii(self) -> dict[Tensor, Tensor]:
+        return self._radii.all_of(
+            (seen.constraint, settings.named(group, i))
+            for i, (group, seen) in enumerate(zip(self.param_groups, self._seen, strict=True))
+            if seen.constraint is not None and seen.constraint.takes_initial
+        )
 
     @functools.cached_property
-    def _room(self) -> dict[torch.Tensor, torch.Tensor]:
+    def _router(self) -> routing.Router:
+        return routing.Router()
+
+    @functools.cached_property
+    def _spare(self) -> dict[Tensor, Tensor]:
         return {}
 
-    def _radius_of(self, p: torch.Tensor) -> torch.Tensor | None:
-        if p in self._waiting and torch.compiler.is_compiling():  # which must not see a state before the optimizer does
-            return self._waiting[p]
-        state = self.state.get(p, {})
-        return state["initial"] if "initial" in state else self._waiting.get(p)
-
-    def _radii(self) -> dict[torch.Tensor, torch.Tensor]:
-        """The radii of `Sphere("initial")`, by parameter. They are taken now for parameters put into a group behind
-        `add_param_group`, as Accelerate does with those that it shards."""
-        radii: dict[torch.Tensor, torch.Tensor] = {}
-        for i, group in enumerate(self.param_groups):
-            constraint = settings.constraint_of(group)
-            if constraint is not None and getattr(constraint, "radius", None) == "initial":
-                for name, p in settings.named(group, i).items():
-                    if constraint.resolve(tuple(p.shape), "out_first", name) is not None:
-                        radius = self._radius_of(p)
-                        if radius is None:
-                            self._waiting |= (taken := shaping.initial(constraint, {name: p}))
-                            radii |= taken
-                        else:
-                            radii[p] = radius
-        return radii
-
-    def _note_moved(self) -> None:
-        if len(self._moved) < len(self._waiting):
-            self._moved |= {id(p) for p in self._waiting if p.grad is not None}
-
-    def _store_radii(self) -> None:
-        """Put them into the state of every parameter that has one, or that was stepped without getting one."""
-        for p in list(self._waiting):
-            if self.state.get(p) or id(p) in self._moved:
-                self.state[p]["initial"] = self._waiting.pop(p)
-
-    def _settle(self) -> None:
+    def _adopt_changes(self) -> None:
         """Check what has been changed in the groups since they were last seen, and let it hold from now on."""
-        if len(self._seen) != len(self.param_groups) or not all(map(_Seen.still, self._seen, self.param_groups)):
+        if len(self._seen) != len(self.param_groups) or not all(map(Snapshot.still, self._seen, self.param_groups)):
             self._adopt_changed_settings()
         if self._has_projected is False and not torch.compiler.is_compiling():
             for i, group in enumerate(self.param_groups):  # once more: the model may have been wrapped since
@@ -240,12 +264,10 @@ class Projected(Optimizer):
     def _adopt_changed_settings(self) -> None:
         seen = {id(s.group): s for s in self._seen}
         self._seen = tuple(self._look(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups))
-        held = set(map(id, _in_order(self.param_groups)))  # no others are kept alive for their radii
-        self._waiting = {p: radius for p, radius in self._waiting.items() if id(p) in held}
-        self._moved &= held
-        self._room.clear()
+        self._radii.keep_only(set(map(id, _in_order(self.param_groups))))
+        self._spare.clear()
 
-    def _look(self, group: dict[str, Any], index: int, seen: _Seen | None) -> _Seen:
+    def _look(self, group: dict[str, Any], index: int, seen: Snapshot | None) -> Snapshot:
         if seen is not None and seen.still(group):
             return seen
         named, was, only_c = settings.named(group, index), None, False
@@ -256,22 +278,23 @@ class Projected(Optimizer):
             only_c = settings.moved(group, seen.settings) == {"c"} and seen.has(group["params"])
         now = {**group, **own}
         constraint = settings.constraint_of(now)
-        if not only_c or was is None or settings.is_tiny(constraint):
+        if not (only_c and settings.is_usual(constraint) and settings.is_usual(was)) or was is None:
+            self._router.clear()
             self._check(now, named)
             if seen is not None and was != constraint:
-                for p in group["params"]:
-                    self._waiting.pop(p, None)
-                    self.state.get(p, {}).pop("initial", None)
-                self._waiting |= shaping.initial(constraint, named)
+                self._radii.drop(group["params"])
+                self._radii.take(constraint, named)
         group.update(own)
-        return _Seen.of(group)
+        return Snapshot.of(group)
 
-    def _check(self, group: Mapping[str, Any], named: Mapping[str, torch.Tensor]) -> None:
-        """Refuse what cannot be honoured of a group, all of whose settings are there."""
+    def _check(self, group: Mapping[str, Any], named: Mapping[str, Tensor]) -> None:
+        """Raise an error that names the parameter if its group's settings cannot be applied to it."""
         constraint = settings.constraint_of(group)
         settings.check(constraint, named, group["metric"])
         metrics.check(constraint, group["metric"], self.inner)
         shaping.check(self.inner, {**self.defaults, **group}, named)
+        if self._engine is not None:
+            routing.check_forced(self, {**self.defaults, **group}, named, self._engine)
 
     def _refuse_misspelt(self, kwargs: Mapping[str, Any]) -> None:
         takes = inspect.signature(self.inner).parameters
@@ -291,12 +314,16 @@ class Projected(Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state in plain types: sets and shapings as their `config`, radii under "initial"."""
-        self._settle()
-        self._store_radii()
+        """The optimizer's state in plain types: sets and shapings as their `config`, radii under "initial".
+
+        Returns:
+            A dict that `torch.save` writes and `torch.load(weights_only=True)` reads.
+        """
+        self._adopt_changes()
+        self._radii.store()
         state = super().state_dict()
         groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
-        if any("initial" in s for s in of_param.values() if isinstance(s, dict)):
+        if any(KEY in s for s in of_param.values() if isinstance(s, dict)):
             # torch.distributed.checkpoint wants a state of all parameters or of none
             of_param = {**{i: {} for i in _in_order(groups)}, **of_param}
         return {**state, "state": of_param, "param_groups": groups}
@@ -307,8 +334,8 @@ class Projected(Optimizer):
         Raises:
             TypeError, ValueError: a setting in it that cannot be honoured; nothing is loaded then.
         """
-        self._settle()
-        waiting = {p: r for p in _in_order(self.param_groups) if (r := self._radius_of(p)) is not None}
+        self._adopt_changes()
+        waiting = {p: r for p in _in_order(self.param_groups) if (r := self._radii.get(p)) is not None}
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):  # otherwise torch refuses
             plain, saved = saved, [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
@@ -321,51 +348,27 @@ class Projected(Optimizer):
                     for p in present["params"]:
                         waiting.pop(p, None)
         of_param = {i: dict(s) for i, s in state_dict["state"].items()}
-        initial = {i: s.pop("initial") for i, s in of_param.items() if "initial" in s}  # torch would round to p.dtype
+        initial = {i: s.pop(KEY) for i, s in of_param.items() if KEY in s}  # torch would round to p.dtype
         of_param = {i: s for i, s in of_param.items() if s}
         super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
-        self._waiting, self._moved = waiting, set()
+        self._radii.replace(waiting)
+        self._router.clear()
         for index, p in zip(_in_order(saved), _in_order(self.param_groups), strict=True):
             if index in initial:
-                self.state[p]["initial"] = initial[index].to(p.device, copy=True)
-        self._seen = tuple(_Seen.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
+                self.state[p][KEY] = initial[index].to(p.device, copy=True)
+        self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch keeps, and what the inner class's constructor set beside it: torch drops that from copies."""
-        self._settle()
-        self._store_radii()
+        self._adopt_changes()
+        self._radii.store()
         made_with = {k: vars(self)[k] for k in self._made_with}
-        return {**super().__getstate__(), **made_with, "_made_with": self._made_with, "_moved": set()}
+        return {**super().__getstate__(), **made_with, "_made_with": self._made_with}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not projected(self.inner):  # a subclass that somebody wrote: found by its own name
             return super().__reduce_ex__(protocol)
         return _blank, (self.inner,), self.__getstate__()
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A param group as it was when it was checked."""
-
-    group: dict[str, Any]
-    settings: dict[str, Any]
-    params: list[int]  # ids: a wrapper that puts others in their place wants them gone
-    constraint: Constraint | None  # in force
-
-    @classmethod
-    def of(cls, group: dict[str, Any], own: Mapping[str, Any] | None = None) -> _Seen:
-        known = {k: (own or group)[k] for k in settings.KEYS}
-        return cls(group, known, list(map(id, group["params"])), settings.constraint_of(known))
-
-    def has(self, params: list[torch.Tensor]) -> bool:
-        return list(map(id, params)) == self.params
-
-    def still(self, group: Mapping[str, Any]) -> bool:
-        if torch.compiler.is_compiling():  # which watches the parameters itself, and follows c
-            now = settings.constraint_of(group)
-            same = self.group is group and not settings.moved(group, self.settings, settings.KEYS[1:])
-            return same and (not settings.is_tiny(now) or now == self.constraint)
-        return self.group is group and not settings.moved(group, self.settings) and self.has(group["params"])
 
 
 def projected(cls: type[Optimizer]) -> type[Projected]:
@@ -414,7 +417,7 @@ def as_list(params: Any) -> Any:
     if isinstance(params, Mapping):
         own = params.get("params")
         return params if own is None or isinstance(own, set) else {**params, "params": as_list(own)}
-    if isinstance(params, (torch.Tensor, str)) or not isinstance(params, Iterable):
+    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
         return params  # torch's own errors are clear here
     return [as_list(p) if isinstance(p, Mapping) else p for p in params]
 
@@ -452,7 +455,7 @@ def _then_projected(step: Any) -> Any:
 
     @functools.wraps(step)
     def stepped(self: Projected, *args: Any, **kwargs: Any) -> Any:
-        self._settle()
+        self._adopt_changes()
         groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
         versions = [p._version for p in _in_order(groups)]
         self._has_projected = None
@@ -463,7 +466,7 @@ def _then_projected(step: Any) -> Any:
                     f"{type(self).__name__}.step did not call super().step(), so update=, gradient= and metric= had no "
                     "update to work on: call it, or put the step into a plain Optimizer class and use projected(…)"
                 )
-            self._project(self._radii(), {}, None)
+            self._project({})
         return loss
 
     stepped.projects = True  # type: ignore[attr-defined]

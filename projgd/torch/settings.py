@@ -1,5 +1,5 @@
-"""What a param group says about its projection: the keys `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-and `without_grad`: whether parameters without a gradient are projected too.
+"""What a param group says about its projection: `c`, `axis`, `constraint`, `update`, `gradient`, `metric`, and
+`without_grad`, whether parameters without a gradient are projected too.
 
 `c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the group as a number that may be
 moved during training, like `lr`; where `constraint` is given, its own `c`, if it has one, stands there.
@@ -10,18 +10,20 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from projgd import axes, projections
+from projgd import axes
 from projgd.axes import Vectors
 from projgd.config import from_config
 from projgd.constraints import Constraint, MaxNorm, positive
 from projgd.metrics import NAMES
-from projgd.torch import sharded
+from projgd.sums import float_type
+from projgd.torch.engines import ranks
 from projgd.updates import Update
 
 KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad")
@@ -78,6 +80,41 @@ def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
     return settings
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A param group as it was when it was checked.
+
+    Attributes:
+        group: the group itself.
+        settings: its settings.
+        params: ids of its parameters; a wrapper that puts others in their place wants the old ones gone.
+        constraint: the constraint in force.
+    """
+
+    group: dict[str, Any]
+    settings: dict[str, Any]
+    params: list[int]
+    constraint: Constraint | None
+
+    @classmethod
+    def of(cls, group: dict[str, Any], own: Mapping[str, Any] | None = None) -> Snapshot:
+        """Return the group as it is now, with the settings `own` if they are not in it as they are."""
+        known = {k: (own or group)[k] for k in KEYS}
+        return cls(group, known, list(map(id, group["params"])), constraint_of(known))
+
+    def has(self, params: list[torch.Tensor]) -> bool:
+        """Whether these are the parameters."""
+        return list(map(id, params)) == self.params
+
+    def still(self, group: Mapping[str, Any]) -> bool:
+        """Whether `group` is this one, unchanged."""
+        if torch.compiler.is_compiling():  # which watches the parameters itself, and follows c
+            now = constraint_of(group)
+            same = self.group is group and not moved(group, self.settings, KEYS[1:])
+            return same and (is_usual(now) or now == self.constraint)
+        return self.group is group and not moved(group, self.settings) and self.has(group["params"])
+
+
 def moved(group: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str] = KEYS) -> set[str]:
     """The keys under which a group has something else than `known`; a number in an array may always have moved."""
     same = map(operator.is_, map(group.get, keys), map(known.get, keys))
@@ -106,7 +143,7 @@ def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
         settings |= changed
     elif constraint is not None and "axis" in changed:
         settings["constraint"] = _replaced(constraint, axis=changed["axis"])
-    if "constraint" not in changed and "c" in changed and hasattr(constraint, "c"):
+    if "constraint" not in changed and "c" in changed and constraint is not None and constraint.moving_c is not None:
         settings["constraint"] = None if changed["c"] is None else _replaced(settings["constraint"], c=changed["c"])
     return settle(settings, {})
 
@@ -130,12 +167,16 @@ def _agree(settings: dict[str, Any], constraint: Constraint) -> None:
 
 
 def _c_and_axis(constraint: Constraint | None) -> tuple[Any, Any]:
-    return getattr(constraint, "c", None), getattr(constraint, "axis", "fan_in")
+    """The c and the axis that stand in a group beside a set; a set of entries has none, and leaves the default."""
+    if constraint is None:
+        return None, "fan_in"
+    return constraint.moving_c, "fan_in" if constraint.axis == "entries" else constraint.axis
 
 
 def _replaced(constraint: Any, **changed: Any) -> Constraint:
+    known = {field.name for field in dataclasses.fields(constraint)}
     for k, value in changed.items():
-        if not hasattr(constraint, k):
+        if k not in known:
             raise ValueError(f"{k}={value!r} has no meaning for {constraint}: leave it out")
     replaced: Constraint = dataclasses.replace(constraint, **changed)
     return replaced
@@ -162,11 +203,11 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
             "param_groups(model, rules)"
         )
     if c is None:
-        return None if hasattr(constraint, "c") else constraint
+        return constraint if constraint.moving_c is None else None
     c = positive("c", c)
-    if not hasattr(constraint, "c"):
+    if constraint.moving_c is None:
         raise ValueError(f"c={c} goes with MaxNorm, and {constraint} is in its group: set one of them to None")
-    return constraint if constraint.c == c else _replaced(constraint, c=c)
+    return constraint if constraint.moving_c == c else _replaced(constraint, c=c)
 
 
 def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "the array") -> Vectors | None:
@@ -176,11 +217,11 @@ def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "th
 
 
 def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], metric: str = "euclidean") -> None:
-    """Refuse what cannot be honoured, naming the parameter.
+    """Raise an error that names the parameter if a constraint cannot be applied to it.
 
     Raises:
         TypeError: a parameter that is not a dense floating-point tensor of a known dtype.
-        ValueError: an uninitialised or expanded parameter, an axis that it does not have, or a ball too small for its
+        ValueError: an uninitialised or expanded parameter, an axis that it does not have, or a bound too small for its
             dtype.
     """
     if constraint is None:
@@ -188,20 +229,22 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
     for name, p in params.items():
         refuse_lazy(p, name)
         _refuse_unmeasurable(p, name)
-        kind = projections.float_type(p, name)
+        kind = float_type(p, name)
         if any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
                 f"{name} is an expanded tensor (stride 0): its entries share memory; pass a .contiguous() one"
             )
-        if constraint.resolve(tuple(p.shape), "out_first", name) is not None and isinstance(constraint, MaxNorm):
-            projections.check_radius(constraint.c, kind)
-        if sharded.is_dtensor(p):
-            sharded.check(p, constraint, metric, name)
+        vectors = constraint.resolve(tuple(p.shape), "out_first", name)
+        if vectors is not None and not constraint.takes_initial:
+            constraint.band(kind, vectors)  # refuses a bound that is too small for the dtype
+        if ranks.is_dtensor(p):
+            ranks.check_sharding(p, constraint, metric, name)
 
 
-def is_tiny(constraint: Constraint | None) -> bool:
-    """Whether a ball may be too small for the dtype of a parameter."""
-    return isinstance(constraint, MaxNorm) and constraint.c < projections.least_radius(projections.FLOATS["float32"])
+def is_usual(constraint: Constraint | None) -> bool:
+    """Whether the c of a constraint, if it has one, is far from the ends of every dtype: it then moves freely."""
+    c = None if constraint is None else constraint.moving_c
+    return c is None or 2.0**-38 < c < 2.0**60
 
 
 def named(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:
@@ -236,7 +279,7 @@ def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
     refuse_flattened(p, name)
     if p.layout != torch.strided:
         raise TypeError(f"{name} is a {str(p.layout).removeprefix('torch.')} tensor: only dense ones can be projected")
-    if is_traceable_wrapper_subclass(p) and not sharded.is_dtensor(p):
+    if is_traceable_wrapper_subclass(p) and not ranks.is_dtensor(p):
         raise TypeError(f"{name} is a {type(p).__name__}, a tensor subclass whose norms projgd cannot measure")
 
 

@@ -1,27 +1,35 @@
-"""The inner optimizer's update, read off and shaped against the weights before the projection.
+"""The inner optimizer's update, observed and shaped against the weights before the projection: w ← w + shape(u).
 
 An optimizer moves the parameters in place, so its update must be read off them. Where its rule does not look at the
-weights (`BLIND`, without weight decay), it is run from zero: what stands in the parameter afterwards is the update
-itself, to full precision, in bfloat16 too. Any other optimizer is run from the weights, and the update is the
+weights (`BLIND`, without weight decay), the optimizer runs from zero: what stands in the parameter afterwards is the
+update itself, to full precision, in bfloat16 too. Any other optimizer runs from the weights, and the update is the
 difference, in which rounding to the parameter's dtype is left. Both need one copy of the parameters that are shaped.
+
+`Update.coefficients` needs three numbers per vector and gives two. So one pass measures a parameter and one moves it;
+where vectors are spread over ranks, one all-reduce of three numbers per vector is shared by all parameters.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import array_api_compat.torch as xp
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from projgd import projections
-from projgd.constraints import Constraint, Sphere, norms_of
-from projgd.torch import path, settings
-from projgd.torch.landing import Plan, land, measurable
-from projgd.torch.project import Initial
-from projgd.updates import RelativeUpdate, TangentUpdate
+from projgd import axes
+from projgd.axes import Axis, Vectors
+from projgd.constraints import Constraint, norms_of
+from projgd.sums import Measures, float_type, measures_of, norm
+from projgd.torch import settings
+from projgd.torch.engines import eager, ranks
+from projgd.torch.engines.base import is_alike
+from projgd.updates import TangentUpdate, Update
 
 BLIND = (
     torch.optim.Adadelta,
@@ -37,9 +45,11 @@ BLIND = (
 )
 """Optimizers whose update, without weight decay, is a function of the gradients alone. Subclasses may differ."""
 
+PIECE = 1 << 18  # entries of two arrays and their product: 3 MB
+
 
 def is_shaped(group: Mapping[str, Any]) -> bool:
-    """Whether the steps of a group go through here."""
+    """Whether a group shapes its update or its gradient."""
     return group["update"] is not None or group["gradient"] is not None
 
 
@@ -48,26 +58,29 @@ def reads_weights(inner: type[Optimizer], group: Mapping[str, Any]) -> bool:
     return inner not in BLIND or bool(group.get("weight_decay"))
 
 
-def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a group whose shaping cannot be honoured, naming the parameter; warn where it works against itself.
+def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, Tensor]) -> None:
+    """Refuse a group whose shaping cannot work, naming the parameter; warn where it works against itself.
 
-    `group` has the optimizer's defaults filled in.
+    Args:
+        inner: the class of the optimizer that steps.
+        group: the param group, with the optimizer's defaults filled in.
+        named: its parameters by name.
 
     Raises:
         ValueError: an update that cannot be observed, an axis that is not the set's, a zero weight vector where a norm
-            is needed, `gradient="tangent"` without a set of vectors, `RelativeUpdate` without a learning rate.
+            is needed, `gradient="tangent"` without a set of vectors, a shaping that needs a missing learning rate.
 
     Warns:
         UserWarning: weight decay together with a fixed norm; an update that is read off rounded weights.
     """
     constraint, update = settings.constraint_of(group), group["update"]
-    if group.get("weight_decay") and isinstance(constraint, Sphere):
+    if group.get("weight_decay") and constraint is not None and constraint.fixes_norm:
         warnings.warn(
             f"weight_decay={group['weight_decay']} works against {constraint}: the projection undoes what it does to "
             "the norm, and what is left changes the length or the direction of the update. Pass weight_decay=0",
             stacklevel=4,
         )
-    if group["gradient"] is not None and not hasattr(constraint, "axis"):
+    if group["gradient"] is not None and (constraint is None or constraint.axis == "entries"):
         raise ValueError(
             'gradient="tangent" needs a set of vectors: pass constraint=UnitNorm() or another with an axis'
         )
@@ -78,18 +91,18 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
             f"the update of {inner.__name__} cannot be observed: it keeps weights of its own beside the parameters "
             "(it has an eval()). Leave update= out, or shape another optimizer's"
         )
-    if isinstance(update, RelativeUpdate) and "lr" not in group:
+    if update.needs_lr and "lr" not in group:
         raise ValueError(f"{update} makes updates of length lr·‖w‖, and {inner.__name__} has no lr")
     if group.get("differentiable"):
         raise ValueError(f"{update} writes the weights in place, so it cannot be differentiated: differentiable=False")
     for name, p in named.items():
         settings.check(constraint, {name: p})
-        projections.float_type(p, name)
+        float_type(p, name)
         vectors = settings.vectors_of_update(group, p, name)
         if vectors is None:
             continue
         if update.needs_norm and not p.is_meta:
-            norms_of(*measurable(p, vectors, _carrier(group)), name, f"{update} needs one", xp)
+            norms_of(*_measurable(p, vectors, update.axis_beside(constraint)), name, f"{update} needs one", xp)
         if p.dtype in (torch.bfloat16, torch.float16) and reads_weights(inner, group):
             warnings.warn(
                 f"{name} is {p.dtype}, and the update of {inner.__name__} is read off it as a difference, after "
@@ -98,42 +111,44 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
             )
 
 
-def initial(constraint: Constraint | None, named: Mapping[str, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
-    """What the set takes from the initial weights, by parameter. Raises ValueError for weights that have no norm."""
-    found: dict[torch.Tensor, torch.Tensor] = {}
-    if constraint is None or type(constraint).initial is Constraint.initial:
+def take_initial(constraint: Constraint | None, named: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+    """Return what the set takes from the initial weights, by parameter.
+
+    Raises:
+        ValueError: weights that have no norm.
+    """
+    found: dict[Tensor, Tensor] = {}
+    if constraint is None or not constraint.takes_initial:
         return found
     for name, p in named.items():
         vectors = constraint.resolve(tuple(p.shape), "out_first", name)
         if vectors is not None and not p.is_meta:
-            taken = constraint.initial(*measurable(p, vectors, constraint), name, xp)
+            taken = constraint.initial(*_measurable(p, vectors, constraint.axis), name, xp)
             if taken is not None:
                 found[p] = taken
     return found
 
 
-def _carrier(group: Mapping[str, Any]) -> Constraint:
-    """A set with the vectors that the group's update is shaped along."""
-    constraint, axis = settings.constraint_of(group), group["update"].axis
-    if constraint is not None and hasattr(constraint, "axis"):
-        return constraint
-    return Sphere(1.0, "matrix" if axis == "set" else axis)
-
-
 def step(
     inner: type[Optimizer],
-    groups: Iterable[Mapping[str, Any]],
-    initial: Initial,
-    room: dict[torch.Tensor, torch.Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    spare: dict[Tensor, Tensor],
     call: Callable[[Callable[[], Any] | None], Any],
     closure: Callable[[], Any] | None,
 ) -> Any:
-    """Run the inner step, `call(closure)`, and leave w + shape(update) in the parameters that have a shaping.
-
-    Spheres are landed on here, and `not_landed` says what is left to project. `room` is where the copies of the weights
-    lie from step to step on a CPU.
+    """Run the inner step and leave w + shape(u) in the parameters of the groups that shape their update.
 
     An error or an interrupt anywhere in here leaves those parameters as they were.
+
+    Args:
+        inner: the class of the optimizer that steps.
+        groups: its param groups.
+        spare: where the copies of the weights lie from step to step on a CPU.
+        call: runs the inner step with a closure or None.
+        closure: re-evaluates the model and returns the loss; None if gradients are there already.
+
+    Returns:
+        What the inner step returned.
     """
     groups = [g for g in groups if is_shaped(g)]
     if closure is None:
@@ -144,93 +159,191 @@ def step(
     if closure is not None and inner in BLIND:  # evaluated now, at the weights, and not at zero
         with torch.enable_grad():
             loss, closure = closure(), None
-    plans = [(group, p, _copy(p, room)) for group in groups for p in _to_shape(group, closure is not None)]
+    kept = [(group, p, _copy(p, spare)) for group in groups for p in _to_shape(group, closure is not None)]
     with torch.no_grad():
         try:
-            for group, p, _ in plans:
+            for group, p, _ in kept:
                 if not reads_weights(inner, group):
                     p.zero_()
             returned = call(closure)
-            land(
-                [
-                    Plan(
-                        p,
-                        w,
-                        reads_weights(inner, g),
-                        g["update"],
-                        g.get("lr", 1.0),
-                        _carrier(g),
-                        _radius(g, initial.get(p)),
-                    )
-                    for g, p, w in plans
-                    if p.grad is not None
-                ]
-            )
+            _apply([_Shaping.of_step(inner, group, p, w) for group, p, w in kept if p.grad is not None])
         except BaseException:
-            for _, p, w in plans:
+            for _, p, w in kept:
                 p.copy_(w)
             raise
     return returned if loss is None else loss
 
 
-def _copy(p: torch.Tensor, room: dict[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _copy(p: Tensor, spare: dict[Tensor, Tensor]) -> Tensor:
     """A copy of p. On a CPU the system takes longer to find the memory for it than the copy takes: it is kept."""
     if p.device.type != "cpu" or torch.compiler.is_compiling():
         return p.detach().clone()
-    if p in room and path.alike(room[p], p):
-        room[p].copy_(p.detach())
+    if p in spare and is_alike(spare[p], p):
+        spare[p].copy_(p.detach())
     else:
-        room[p] = p.detach().clone()
-    return room[p]
+        spare[p] = p.detach().clone()
+    return spare[p]
 
 
-def not_landed(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group with the parameters that are still to be projected after `step`."""
-    if not _lands(group):
-        return group
-    left = [p for p in group["params"] if p.grad is None or settings.vectors_of_update(group, p) is None]
-    return {**group, "params": left}
-
-
-def _lands(group: Mapping[str, Any]) -> bool:
-    """Whether shaped parameters are also projected here, before they are rounded to their dtype."""
-    on_sphere = isinstance(settings.constraint_of(group), Sphere) and group["metric"] == "euclidean"
-    return group["update"] is not None and on_sphere
-
-
-def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[torch.Tensor]:
+def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[Tensor]:
     """The parameters of a group that this step moves; all of them where only its closure will tell."""
     if group["update"] is None:
         return []
-    moved = [p for p in group["params"] if all_of_them or p.grad is not None]
-    return [p for p in moved if settings.vectors_of_update(group, p) is not None]
-
-
-def _radius(group: Mapping[str, Any], initial: torch.Tensor | None) -> Any:
-    if not _lands(group):
-        return None
-    return settings.constraint_of(group).radius if initial is None else initial  # type: ignore[union-attr]
+    moving = [p for p in group["params"] if all_of_them or p.grad is not None]
+    return [p for p in moving if settings.vectors_of_update(group, p) is not None]
 
 
 def _then_tangent(closure: Callable[[], Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
-    def tangent() -> Any:
+    def evaluate() -> Any:
         loss = closure()
         _make_gradients_tangent(groups)
         return loss
 
-    return tangent
+    return evaluate
 
 
 def _make_gradients_tangent(groups: Iterable[Mapping[str, Any]]) -> None:
     """Remove from `p.grad` what would change the norm, in the groups with `gradient="tangent"`."""
-    plans = []
+    shapings = []
     for group in groups:
         constraint = settings.constraint_of(group)
         if group["gradient"] is not None and constraint is not None:
-            with_vectors = [p for p in group["params"] if constraint.resolve(tuple(p.shape), "out_first") is not None]
-            plans += [
-                Plan(p.grad, p.detach(), False, TangentUpdate(), 1.0, constraint, moves=False)
-                for p in with_vectors
-                if p.grad is not None
-            ]
-    land(plans)
+            for p in group["params"]:
+                vectors = constraint.resolve(tuple(p.shape), "out_first")
+                if p.grad is not None and vectors is not None:
+                    shaping = _Shaping(p.grad, p.detach(), TangentUpdate(), constraint.axis, moves=False)
+                    shapings.append(shaping)
+    _apply(shapings)
+
+
+@dataclass(frozen=True)
+class _Shaping:
+    """What is to be done to `p`, which holds an update u of the weights `w` or, if `is_sum`, w + u.
+
+    Attributes:
+        p: the tensor that is written.
+        w: the weights.
+        update: how u is shaped.
+        axis: what makes one vector.
+        lr: the learning rate.
+        is_sum: whether p holds w + u.
+        moves: whether w + shape(u) is wanted in p, or shape(u) alone.
+    """
+
+    p: Tensor
+    w: Tensor
+    update: Update
+    axis: Axis
+    lr: Any = 1.0
+    is_sum: bool = False
+    moves: bool = True
+
+    @classmethod
+    def of_step(cls, inner: type[Optimizer], group: Mapping[str, Any], p: Tensor, w: Tensor) -> _Shaping:
+        update: Update = group["update"]
+        axis = update.axis_beside(settings.constraint_of(group))
+        return cls(p, w, update, axis, group.get("lr", 1.0), reads_weights(inner, group))
+
+
+@torch.no_grad()
+def _apply(shapings: Sequence[_Shaping]) -> None:
+    """Put what is wanted in every p. Sums are taken in float32 for halves, or more."""
+    by_mesh: dict[object, list[tuple[_Shaping, ranks.Part]]] = {}
+    for shaping in shapings:
+        if ranks.is_dtensor(shaping.p):
+            part = ranks.part_of(shaping.p, shaping.axis, over_all=True)
+            by_mesh.setdefault((shaping.p.device_mesh, part.over), []).append((shaping, part))
+        else:
+            _apply_here(shaping)
+    for spread in by_mesh.values():
+        _apply_over_ranks(spread)
+
+
+def _apply_here(shaping: _Shaping) -> None:
+    p, vectors = shaping.p, axes.resolve(shaping.axis, tuple(shaping.p.shape), "out_first")
+    assert vectors is not None
+    compute = getattr(torch, float_type(p).compute)
+    u, w = (x.to(compute).view(vectors.shape) for x in (p, shaping.w))  # p itself, where it has this dtype
+    if shaping.is_sum:
+        u.sub_(w)
+    size = Measures(_norms(w, vectors.axes), _norms(u, vectors.axes), torch.zeros((), device=u.device))
+    if not shaping.update.keeps_direction:
+        size = size._replace(cosine=_cosine(u, w, size, vectors.axes))
+    weight, factor = shaping.update.numbers(size, shaping.lr, xp)
+    factor = factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype)
+    if shaping.update.keeps_direction and shaping.moves:
+        torch.addcmul(w, u, factor, out=u)  # one pass over memory
+    else:
+        for u_, w_, weight_, factor_ in _in_cache(u, w, weight.to(u.dtype), factor):
+            u_.mul_(factor_).addcmul_(w_, weight_)
+            if shaping.moves:
+                u_.add_(w_)
+    if p.dtype != compute:
+        p.copy_(u.view(p.shape))
+
+
+def _apply_over_ranks(spread: list[tuple[_Shaping, ranks.Part]]) -> None:
+    found = []
+    for shaping, part in spread:
+        u, w = _parts(shaping)
+        found += [part.collect(x) for x in (w * w, u * u, u * w)]
+    sums = iter(ranks.share(found, spread[0][1]))
+    for shaping, part in spread:
+        ww, uu, uw = next(sums), next(sums), next(sums)
+        weight, factor = shaping.update.numbers(measures_of(ww, uu, uw, xp), shaping.lr, xp)
+        u, w = _parts(shaping)
+        shaped = u * factor[part.row] + w * weight[part.row]
+        part.local.copy_(w + shaped if shaping.moves else shaped)
+
+
+def _parts(shaping: _Shaping) -> tuple[Tensor, Tensor]:
+    """This rank's part of u and w in float64, whose squares neither over- nor underflow."""
+    u, w = (cast("Any", x).to_local().double() for x in (shaping.p, shaping.w))
+    return (u - w if shaping.is_sum else u), w
+
+
+def _norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Norms with the reduced axes kept, in float64 where the device has it."""
+    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
+        return cast("Tensor", norm(x, axes, xp))
+    if _can_look(x):
+        found = eager.norms(x, axes)
+        if bool(_is_usual(found).all()):
+            return found
+    return cast("Tensor", torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float64))
+
+
+def _cosine(u: Tensor, w: Tensor, size: Measures, axes: tuple[int, ...]) -> Tensor:
+    if _can_look(u) and bool(((_is_usual(size.u) | (size.u == 0)) & (_is_usual(size.w) | (size.w == 0))).all()):
+        parts = [torch.sum(u_ * w_, dim=axes, keepdim=True) for u_, w_ in _in_cache(u, w)]
+        both = size.u * size.w
+        dot = torch.stack(parts).double().sum(0) if 0 in axes else torch.cat(parts)
+        return dot.to(both.dtype) / torch.where(both > 0, both, 1.0)
+    u, w = (x / torch.where(n > 0, n, 1.0).to(x.dtype) for x, n in ((u, size.u), (w, size.w)))
+    return torch.sum(u * w, dim=axes, keepdim=True).to(size.u.dtype)
+
+
+def _is_usual(norms: Tensor) -> Tensor:
+    """Whether no square that counts over- or underflows in float32."""
+    return (norms > 1e-12) & (norms < 1e18)
+
+
+def _can_look(x: Tensor) -> bool:
+    """Whether reading a number back costs nothing: a graph cannot, and an accelerator would be waited for."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _in_cache(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Pieces along the first axis, on a CPU so small that a second operation finds them in the cache."""
+    if not (_can_look(x) and x.numel() > PIECE):
+        return [(x, *others)]
+    rows = max(1, PIECE * len(x) // x.numel())
+    pieces = (torch.split(t, rows) if len(t) == len(x) else itertools.repeat(t) for t in (x, *others))
+    return zip(*pieces, strict=False)
+
+
+def _measurable(p: Tensor, vectors: Vectors, axis: Axis) -> tuple[Tensor, tuple[int, ...]]:
+    """What has the norms of the vectors of `p`, and over which axes: of a sharded one, the norms themselves."""
+    if ranks.is_dtensor(p):
+        return ranks.norms_over_ranks(p.detach(), axis).unsqueeze(1), (1,)  # type: ignore[arg-type]
+    return p.detach().reshape(vectors.shape), vectors.axes

@@ -7,9 +7,10 @@ optimizer's update. `projgd.torch.routing` has the table of engines, best first,
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Job:
         skip: GradScaler's count of gradients with inf or NaN: where it is positive, the step leaves everything as it
             is. None without a GradScaler.
         forced: the name of the engine that the user asks for; None for the best one.
+        compiled: whether torch.compile traces the step.
     """
 
     optimizer: Optimizer
@@ -49,6 +51,7 @@ class Job:
     radii: Mapping[Tensor, Tensor] = field(default_factory=dict)
     skip: Tensor | None = None
     forced: str | None = None
+    compiled: bool = False
 
     def vectors(self, p: Tensor) -> Vectors | None:
         """Return the vectors of a parameter that the constraint is about; None where nothing of it is projected."""
@@ -69,25 +72,39 @@ class Job:
         return band_of(self.constraint, p.dtype, vectors)
 
 
-class Engine(Protocol):
-    """One way to apply a constraint.
+class Engine(ABC):
+    """One way to apply a constraint. It has no state: what stays from step to step is what `prepare` returns.
 
     Attributes:
         name: what `optimizer.routes()` and `engine=` call it.
         steps: whether it runs the optimizer's update, too.
     """
 
-    name: str
-    steps: bool
+    name: ClassVar[str]
+    steps: ClassVar[bool] = False
 
+    @abstractmethod
     def refuses(self, job: Job, p: Tensor) -> str | None:
-        """Say in a sentence for the user why this engine cannot take `p`; None if it can."""
+        """Say in a sentence for the user why this engine cannot take `p`; None if it can, "" if it is for other cases."""
 
     def prepare(self, job: Job, params: Sequence[Tensor]) -> Any:
         """Return what stays from step to step, for parameters that the engine does not refuse."""
+        return None
 
+    @abstractmethod
     def run(self, prepared: Any, job: Job, params: Sequence[Tensor]) -> None:
         """Update (if the engine `steps`) and project `params` in place; `prepared` was made for the same ones."""
+
+    def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
+        """Return what has to be the same at the next step for `prepared` to hold; None if nothing holds.
+
+        Here that is where parameters and gradients lie, and in which form.
+        """
+        return [
+            (type(p), p.shape, *((p.data_ptr(), p.stride()) if type(p) in PLAIN else ()), g is not None and g.layout)
+            for p in params
+            for g in (p.grad,)
+        ]
 
 
 def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[Engine | None, dict[str, str]]:

@@ -1,0 +1,129 @@
+"""The projection under torch.compile.
+
+Norms and products belong to the graph: Inductor puts the norm into the loop of the update, and computes the update once
+more for the product, so that no weights are written twice. What happens in between is an operator, which the compiler
+does not look into: c can move in it, and Inductor does not merge both loops into one (on a CPU, in torch 2.13, that
+fails where the optimizer has momentum: KeyError in codegen_outer_loop_node).
+
+What is measured is what is stored, for the same arithmetic is done twice. Should a device contract a product and a sum
+in one of the two, a norm differs by a unit of ‖update‖: far less than the guard allows for. Weights in halves would be
+rounded in one and not in the other; they are projected by an operator as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from projgd.axes import Vectors
+from projgd.config import from_config
+from projgd.constraints import Constraint
+from projgd.sums import FLOATS
+from projgd.torch.engines.base import PLAIN, Engine, Job
+
+
+class Graph(Engine):
+    """Project inside of a graph that torch.compile makes."""
+
+    name = "graph"
+
+    def refuses(self, job: Job, p: Tensor) -> str | None:
+        if not job.compiled:
+            return ""
+        if job.metric is not None:
+            return "it projects in the Euclidean metric only"
+        if type(p) not in PLAIN or p.device.type not in ("cpu", "cuda") or not p.numel():
+            return "it takes tensors with entries on cpu and cuda that are no subclasses"
+        if p.dtype == torch.float64 or job.skip is not None:
+            return "it takes float32 and shorter types, without GradScaler"
+        vectors = job.vectors(p)
+        moving = job.constraint is not None and job.constraint.moving_c is not None
+        if vectors is None or not vectors.axes or (not moving and job.band(p) is None):
+            return f"{job.constraint} is not a set of norms"
+        return None
+
+    def run(self, prepared: None, job: Job, params: Sequence[Tensor]) -> None:
+        by_device = itertools.groupby(sorted(params, key=lambda p: str(p.device)), key=lambda p: p.device)
+        for _, some in by_device:
+            group = list(some)
+            whole = [p for p in group if p.dtype == torch.float32]
+            if whole:
+                _project(whole, job)
+            for p in group:
+                vectors = job.vectors(p)
+                if p.dtype != torch.float32 and vectors is not None:
+                    radii = job.radii[p] if p in job.radii else _moving(None)
+                    _project_opaque(p, _moving(job), _describe(job), radii, list(vectors.shape), list(vectors.axes))
+
+
+def _project(params: Sequence[Tensor], job: Job) -> None:
+    views = [(p.reshape(v.shape), v) for p in params if (v := job.vectors(p)) is not None]
+    norms = [torch.linalg.vector_norm(x, dim=v.axes, keepdim=True, dtype=torch.float64) for x, v in views]
+    counts = [n.numel() for n in norms]
+    radii = [job.radii[p].reshape(-1).double() for p in params if p in job.radii]
+    factors = _factors(
+        torch.cat([n.reshape(-1) for n in norms]),
+        counts,
+        [v.length for _, v in views],
+        _moving(job),
+        _describe(job),
+        torch.cat(radii) if radii else _moving(None),
+    )
+    for (x, _), n, factor in zip(views, norms, factors.split_with_sizes(counts), strict=True):
+        x.mul_(factor.reshape(n.shape))
+
+
+def _moving(job: Job | None) -> Tensor:
+    """Return c as a tensor; empty where there is none.
+
+    A product of a tensor is all that torch.compile takes a moving float for; others it compiles in.
+    """
+    c = None if job is None or job.constraint is None else job.constraint.moving_c
+    if c is None:
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    return torch.ones((), dtype=torch.float64, device="cpu") * c
+
+
+def _describe(job: Job) -> str:
+    """Return the constraint as JSON, without the c that moves and without an axis, which need not be known."""
+    assert job.constraint is not None
+    config = {k: v for k, v in job.constraint.config().items() if k != "axis"}
+    return json.dumps(config | ({"c": 1.0} if job.constraint.moving_c is not None else {}))
+
+
+def _constraint(description: str, c: Tensor, radii: Tensor) -> Constraint:
+    constraint: Constraint = from_config(json.loads(description))
+    if c.numel():
+        constraint = dataclasses.replace(constraint, c=c.item())  # type: ignore[call-arg]
+    return constraint.bind(radii) if radii.numel() else constraint
+
+
+@torch.library.custom_op("projgd::factors", mutates_args=())
+def _factors(
+    norms: Tensor, counts: list[int], lengths: list[int], c: Tensor, description: str, radii: Tensor
+) -> Tensor:
+    """Return what vectors with these norms are multiplied by, `counts` of them of each length; 1 where they stay."""
+    factors, start = torch.empty_like(norms), 0
+    for count, n in zip(counts, lengths, strict=True):
+        part = slice(start, start := start + count)
+        band = _constraint(description, c, radii[part]).band(FLOATS["float32"], Vectors((1, n), (1,)), moved=True)
+        assert band is not None
+        factors[part] = band.factors(norms[part], xp)
+    return factors
+
+
+@_factors.register_fake
+def _(norms: Tensor, counts: list[int], lengths: list[int], c: Tensor, description: str, radii: Tensor) -> Tensor:
+    return torch.empty_like(norms)
+
+
+@torch.library.custom_op("projgd::project_", mutates_args=("p",))
+def _project_opaque(p: Tensor, c: Tensor, description: str, radii: Tensor, shape: list[int], axes: list[int]) -> None:
+    x = p.reshape(shape)
+    p.copy_(_constraint(description, c, radii).onto(x, tuple(axes), xp, moved=True).reshape(p.shape))

@@ -1,0 +1,270 @@
+"""Parameters whose weights live on several ranks (DTensor).
+
+Where every vector lies on one rank as a whole, each rank projects what it has. Otherwise the ranks share one number per
+vector, its sum of squares, in one all-reduce for all parameters of a job, and each scales its part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeGuard
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from projgd.axes import Axis, Split, Vectors, resolve
+from projgd.bands import Band
+from projgd.constraints import Constraint
+from projgd.sums import tree_sum
+from projgd.torch.engines.base import Engine, Job, float_kind, project_with
+from projgd.torch.metrics import Pick
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(p: Tensor) -> TypeGuard[DTensor]:
+    """Whether `p` is a DTensor; the half second that importing its module takes is not spent on others."""
+    if not is_traceable_wrapper_subclass(p):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)
+
+
+class Ranks(Engine):
+    """Project sharded parameters.
+
+    Args:
+        within: the engines that may project what one rank holds as a whole, best first.
+    """
+
+    name = "ranks"
+
+    def __init__(self, within: Sequence[Engine]) -> None:
+        self._within = within
+
+    def refuses(self, job: Job, p: Tensor) -> str | None:
+        return None if is_dtensor(p) else ""
+
+    def run(self, prepared: None, job: Job, params: Sequence[Tensor]) -> None:
+        assert job.constraint is not None
+        spread: dict[object, list[Part]] = {}
+        whole: list[Tensor] = []
+        for p in params:
+            assert is_dtensor(p)
+            if p in job.radii or spread_over(p, job.constraint.axis):
+                # Once more: the parameter may have been sharded after the optimizer was made.
+                refuse_spread(p, job.constraint, job.metric is not None, "a parameter")
+                part = part_of(p, job.constraint.axis)
+                spread.setdefault((p.device_mesh, part.over, p.dtype == torch.float64), []).append(part)
+            elif p.to_local().numel() and job.metric is None:
+                whole.append(p.to_local())
+            elif p.to_local().numel():
+                project_with(self._within, _for_shard(job, p), [p.to_local()])
+        project_with(self._within, job, whole)
+        for parts in spread.values():
+            _project(parts, job)
+
+
+def check_sharding(p: DTensor, constraint: Constraint, metric: str, name: str) -> None:
+    """Raise ValueError for a DTensor that this constraint cannot be kept on."""
+    if any(placement.is_partial() for placement in p.placements):
+        raise ValueError(f"{name} is a DTensor with the placements {p.placements}: a sum that is not taken yet")
+    if spread_over(p, constraint.axis):
+        refuse_spread(p, constraint, metric != "euclidean", name)
+
+
+def refuse_spread(p: DTensor, constraint: Constraint, in_metric: bool, name: str) -> None:
+    """Raise ValueError for what cannot be done where vectors are spread over ranks."""
+    where = f"{name} is sharded with {p.placements} across its vectors"
+    if in_metric:
+        raise ValueError(
+            f'{where}, where metric="adaptive" is not known: pass metric="euclidean", or shard another dimension'
+        )
+    vectors = constraint.resolve(tuple(p.shape), "out_first")
+    known = constraint.takes_initial or vectors is None or constraint.band(float_kind(p.dtype), vectors) is not None
+    if not known:
+        raise ValueError(
+            f"{where}, and {constraint} needs each of them whole: shard another dimension, or leave it free"
+        )
+
+
+def spread_over(p: DTensor, axis: Axis) -> tuple[int, ...]:
+    """Return the dimensions of the mesh over which the vectors of `p` are spread."""
+    vectors = resolve(axis, tuple(p.shape), "out_first")
+    if vectors is None:
+        return ()
+    views = _views(p, axis)
+
+    def is_spread(dim: int) -> bool:  # a shard of an axis that is cut into blocks may hold parts of blocks
+        return len(views[dim]) > 1 or views[dim][0] in vectors.axes
+
+    return tuple(
+        i
+        for i, placement in enumerate(p.placements)
+        if hasattr(placement, "dim") and p.device_mesh.size(i) > 1 and is_spread(placement.dim)
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a parameter.
+
+    Attributes:
+        p: the parameter.
+        local: this rank's part of it.
+        vectors: the vectors of the whole parameter.
+        over: the dimensions of the mesh to sum over.
+        dims: the dimensions of `local` that lie in one vector as a whole; they are summed first.
+        row: which vector each entry belongs to, of a shape that broadcasts against `local`.
+    """
+
+    p: DTensor
+    local: Tensor
+    vectors: Vectors
+    over: tuple[int, ...]
+    dims: tuple[int, ...]
+    row: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Vectors of the whole parameter."""
+        return math.prod([n for a, n in enumerate(self.vectors.shape) if a not in self.vectors.axes])
+
+    def collect(self, x: Tensor, how: Literal["sum", "amax"] = "sum") -> Tensor:
+        """Return `x` summed, or its maximum, over the entries of each vector that this rank holds, in float64."""
+        found = torch.zeros(self.rows, dtype=torch.float64, device=x.device)
+        if x.numel() == 0:
+            return found
+        if self.dims:
+            x = tree_sum(x, self.dims, xp) if how == "sum" else x.amax(self.dims, keepdim=True)
+        return found.scatter_reduce_(0, self.row.expand(x.shape).reshape(-1), x.reshape(-1).double(), how)
+
+
+def share(found: Sequence[Tensor], part: Part, how: Literal["SUM", "MAX"] = "SUM") -> list[Tensor]:
+    """Return the same over all ranks: one all-reduce."""
+    from torch import distributed
+
+    joined = torch.cat(list(found))
+    for i in part.over:
+        op = getattr(distributed.ReduceOp, how)
+        distributed.all_reduce(joined, op, group=part.p.device_mesh.get_group(i))
+    return list(torch.split(joined, [len(f) for f in found]))
+
+
+def part_of(p: DTensor, axis: Axis, over_all: bool = False) -> Part:
+    """Return what this rank holds of `p`; sums are taken over the mesh dimensions that its vectors are spread over.
+
+    With `over_all` they are taken over every dimension of the mesh that `p` is sharded over, so that all parameters of
+    a mesh can share one all-reduce.
+    """
+    vectors = resolve(axis, tuple(p.shape), "out_first")
+    assert vectors is not None  # a parameter without vectors is not spread
+    local = p.to_local()
+    shape, axes = vectors.shape, vectors.axes
+    stride = {a: math.prod([n for b, n in enumerate(shape) if b > a and b not in axes]) for a in range(len(shape))}
+    row = torch.zeros((1,) * p.ndim, dtype=torch.int64, device=local.device)
+    whole = []
+    for dim, views in enumerate(_views(p, axis)):
+        if all(a in axes for a in views):
+            whole.append(dim)
+            continue
+        index = _held(p, dim).to(local.device)
+        for a in reversed(views):  # of an axis in blocks, the last one counts fastest
+            if a not in axes:
+                row = row + index % shape[a] * stride[a]
+            index = index // shape[a]
+    sharded = tuple(i for i, placement in enumerate(p.placements) if hasattr(placement, "dim"))
+    return Part(p, local, vectors, sharded if over_all else spread_over(p, axis), tuple(whole), row)
+
+
+def norms_over_ranks(p: DTensor, axis: Axis) -> Tensor:
+    """Return the norms of the vectors of a DTensor, in a row: one all-reduce."""
+    part = part_of(p, axis, over_all=True)
+    local = part.local.double()
+    (squares,) = share([part.collect(local * local)], part)
+    return squares.sqrt()
+
+
+def _project(parts: list[Part], job: Job) -> None:
+    """Sums in float64: the squares of other types neither over- nor underflow there, so that one number per vector is
+    enough. Those of float64 itself may, and are divided by the largest entry of their vector first, found likewise.
+    """
+    divided = parts[0].local.dtype == torch.float64
+    if divided:
+        largest = share([q.collect(q.local.abs(), "amax") for q in parts], parts[0], "MAX")
+    else:
+        largest = [torch.ones(q.rows, dtype=torch.float64, device=q.local.device) for q in parts]
+    scales = [torch.where(torch.isfinite(r) & (r > 0), r, 1.0)[q.row] for q, r in zip(parts, largest, strict=True)]
+
+    def scaled(part: Part, scale: Tensor) -> Tensor:  # twice, rather than keep that of all parameters
+        return part.local / scale if divided else part.local.double()
+
+    sums = share([q.collect(scaled(q, s).square_()) for q, s in zip(parts, scales, strict=True)], parts[0])
+    ranks = math.prod(parts[0].p.device_mesh.size(i) for i in parts[0].over)
+    for part, scale, r, total in zip(parts, scales, largest, sums, strict=True):
+        z_norm = total.sqrt() * (1 + ranks * 2.0**-54)  # what adding up over the ranks may have lost
+        # An entry that is not finite shows in the sum where it has not in the largest entry.
+        r = torch.where(torch.isfinite(total), r, total)
+        band = _band(part, job)
+        moves, goal = band.goals(z_norm * (r * 2.0**-16), xp, 2.0**-16)
+        if job.skip is not None:
+            moves = moves & ~(job.skip.to(moves.device) > 0)
+        factor = goal / torch.where(moves, z_norm, 1.0)
+        y = scaled(part, scale).mul_(factor[part.row])
+        if band.pull != 1:
+            y = band.pull * y + (1 - band.pull) * part.local
+        part.local.copy_(torch.where(moves[part.row], y.to(part.local.dtype), part.local))
+
+
+def _band(part: Part, job: Job) -> Band:
+    assert job.constraint is not None
+    constraint = job.constraint
+    if part.p in job.radii:
+        constraint = constraint.bind(job.radii[part.p].reshape(-1).double())
+    band = constraint.band(float_kind(part.local.dtype), part.vectors, moved=True)
+    assert band is not None  # `refuse_spread` has seen to it
+    return band
+
+
+def _for_shard(job: Job, p: DTensor) -> Job:
+    """The job for what this rank holds of `p`, with the metric of that."""
+    metric = job.metric
+    assert metric is not None
+
+    def of_shard(local: Tensor, pick: Pick | None = None) -> Tensor | None:
+        diagonal = metric(p)
+        if diagonal is None:
+            return None
+        mine = diagonal.to_local() if is_dtensor(diagonal) else diagonal
+        return mine if pick is None else pick(mine)
+
+    return dataclasses.replace(job, metric=of_shard)
+
+
+def _views(p: Tensor, axis: Axis) -> list[tuple[int, ...]]:
+    """For each dimension of `p` its axes in the view that `axis` asks for: two where it is cut into blocks."""
+    if not isinstance(axis, Split):
+        return [(d,) for d in range(p.ndim)]
+    cut = axis.dim % p.ndim
+    return [(d, d + 1) if d == cut else (d + (d > cut),) for d in range(p.ndim)]
+
+
+def _held(p: DTensor, dim: int) -> Tensor:
+    """The places along `dim` of the whole tensor that this rank holds, along `dim` of a tensor of the same rank."""
+    shape = [1] * p.ndim
+    shape[dim] = p.shape[dim]
+    index = torch.arange(p.shape[dim], device="cpu").reshape(shape)
+    coordinate = p.device_mesh.get_coordinate()
+    assert coordinate is not None  # a rank outside the mesh holds none of its parameters
+    for i, placement in enumerate(p.placements):
+        if getattr(placement, "dim", None) == dim:
+            shards, _ = placement._split_tensor(index, p.device_mesh.size(i), with_padding=False, contiguous=False)  # type: ignore[attr-defined]
+            index = shards[coordinate[i]]
+    return index

@@ -1,0 +1,122 @@
+"""Tables with sparse gradients, such as an embedding's: only rows that the step moved can have left the set.
+
+So the cost follows the rows that a batch touches, not the height of the table. That holds while the other rows are
+known to lie in the set: after a first projection of the whole table, and until its constraint changes or somebody else
+writes to it, which shows in the tensor's version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from projgd.constraints import Constraint
+from projgd.torch.engines.base import Engine, Job, project_with
+from projgd.torch.metrics import Pick
+
+MOVES_ROWS = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)
+"""Optimizers that move only the rows of sparse gradients, and of a sparse momentum buffer."""
+
+
+class Rows(Engine):
+    """Project the rows of a sparse gradient.
+
+    Args:
+        within: the engines that may project these rows, best first.
+    """
+
+    name = "rows"
+
+    def __init__(self, within: Sequence[Engine]) -> None:
+        self._within = within
+
+    def refuses(self, job: Job, p: Tensor) -> str | None:
+        if job.compiled or p.grad is None or not p.grad.is_sparse:
+            return ""
+        stepped = next(base for base in job.inner.__mro__ if "step" in vars(base))
+        if stepped not in MOVES_ROWS:
+            return f"{job.inner.__name__} may move any row, not only those of a sparse gradient"
+        if job.group.get("without_grad") or job.skip is not None or p in job.radii:
+            return "the whole table is projected under GradScaler, without_grad=True and for initial norms"
+        vectors = job.vectors(p)
+        if vectors is None or vectors.shape != tuple(p.shape) or 0 in vectors.axes:
+            return "a vector does not lie in one row"
+        return None
+
+    def prepare(self, job: Job, params: Sequence[Tensor]) -> Inside:
+        return inside_of(job.optimizer)
+
+    def run(self, prepared: Inside, job: Job, params: Sequence[Tensor]) -> None:
+        for p in params:
+            moved = _moved_rows(p, job) if prepared.knows(p, job.constraint) else None
+            if moved is None:
+                project_with(self._within, job, [p])
+            else:
+                x = p.index_select(0, moved)
+                project_with(self._within, _for_rows(job, p, moved), [x])
+                p.index_copy_(0, moved, x)  # a row that is there twice is the same twice
+            prepared.note(p, job.constraint)
+
+
+class Inside:
+    """Which tables of an optimizer are known to lie in their sets."""
+
+    def __init__(self) -> None:
+        self._known: MutableMapping[Tensor, tuple[int, Constraint | None]] = WeakIdKeyDictionary()
+
+    def note(self, p: Tensor, constraint: Constraint | None) -> None:
+        """Note that all of `p` lies in the set now."""
+        self._known[p] = (p._version, constraint)
+
+    def knows(self, p: Tensor, constraint: Constraint | None) -> bool:
+        """Whether all of `p`, but for the rows of its last step, lies in the set."""
+        return self._known.get(p, (0, None))[1] == constraint
+
+    def forget_written(self) -> None:
+        """Forget, before a step, the tables that somebody has written to since they were projected."""
+        for p, (version, _) in list(self._known.items()):
+            if p._version != version:
+                del self._known[p]
+
+
+_inside: MutableMapping[Optimizer, Inside] = WeakIdKeyDictionary()
+
+
+def inside_of(optimizer: Optimizer) -> Inside:
+    """Return what is known of the tables of an optimizer."""
+    if optimizer not in _inside:
+        _inside[optimizer] = Inside()
+    return _inside[optimizer]
+
+
+def forget_written_tables(optimizer: Optimizer) -> None:
+    """Forget, before a step, what is no longer true of an optimizer's tables."""
+    if optimizer in _inside:
+        _inside[optimizer].forget_written()
+
+
+def _moved_rows(p: Tensor, job: Job) -> Tensor | None:
+    """Return the rows that the step may have moved, some perhaps twice; None for all."""
+    assert p.grad is not None
+    moved = p.grad._indices()[0]
+    momentum = job.optimizer.state.get(p, {}).get("momentum_buffer")
+    if momentum is None:
+        return moved
+    return torch.cat([moved, momentum._indices()[0]]) if momentum.is_sparse else None
+
+
+def _for_rows(job: Job, p: Tensor, moved: Tensor) -> Job:
+    metric = job.metric
+    if metric is None:
+        return job
+
+    def of_rows(x: Tensor, pick: Pick | None = None) -> Tensor | None:
+        diagonal = metric(p, lambda t: t.index_select(0, moved))
+        return diagonal if diagonal is None or pick is None else pick(diagonal)
+
+    return dataclasses.replace(job, metric=of_rows)

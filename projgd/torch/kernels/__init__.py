@@ -1,1 +1,0 @@
-"""Kernels that update and project in one pass; `projgd.torch.path` chooses them."""
