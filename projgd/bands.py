@@ -57,17 +57,18 @@ class Band:
     filled: Scalar | None = None
     inner: Scalar | None = None
 
-    def goals(self, norms: Array, xp: ModuleType, unit: float = 1.0) -> tuple[Array, Array]:
-        """Return which vectors move, and the norm that each one that moves is to get.
+    def goal(self, norms: Array, xp: ModuleType, unit: float = 1.0) -> Array:
+        """Return what norms become: a norm in the band itself, another one `up` or `down`.
 
         Args:
             norms: computed norms times `unit`; with a small unit nothing overflows.
             xp: their array namespace.
             unit: a power of two.
         """
-        inside = (norms >= self.low * unit) & (norms <= self.high * unit)  # "not inside", so that a bound of NaN shows
-        moves = xp.isfinite(norms) & (norms > 0) & ~inside
-        return moves, xp.where(norms < self.low * unit, self.up + xp.zeros_like(norms), self.down)
+        goal = xp.where(norms <= self.high * unit, norms, self.down * unit)  # "not inside": a bound of NaN shows
+        if isinstance(self.low, float) and self.low == 0:
+            return goal
+        return xp.where(norms >= self.low * unit, goal, self.up * unit)
 
     def factors(self, norms: Array, xp: ModuleType) -> Array:
         """Return what each vector is multiplied by, in the dtype of `norms`: exactly 1 where it stays.
@@ -76,10 +77,9 @@ class Band:
         >>> Band(low=1.0, high=2.0, up=1.0, down=2.0).factors(np.asarray([0.5, 1.5, 8.0, 0.0]), np)
         array([2.  , 1.  , 0.25, 1.  ])
         """
-        goal = xp.where(norms <= self.high, xp.where(norms >= self.low, norms, self.up), self.down)
         usable = (norms > 0) & (norms < math.inf)
         # A division last: XLA moves what is cheaper into the product, where it is computed again for every entry.
-        factor = xp.where(usable, goal, 1.0) / xp.where(usable, norms, 1.0)
+        factor = xp.where(usable, self.goal(norms, xp), 1.0) / xp.where(usable, norms, 1.0)
         return factor if self.pull == 1 else self.pull * factor + (1 - self.pull)
 
     def unless(self, skip: Array, xp: ModuleType) -> Band:

@@ -76,9 +76,10 @@ def project_band(
         return x
     z, r = scale(x, axes, xp)
     norms = root(tree_sum(z * z, axes, xp), xp) * (r * SMALL)
-    moves, goal = band.goals(norms, xp, SMALL)
-    points = _Points(z, r, goal, moves, norms > goal * SMALL)
-    q = _solve(_equation(points, metric, axes, xp), axes, xp, repeat or _all_steps) * goal
+    goal = band.goal(norms, xp, SMALL)
+    moves = xp.isfinite(norms) & (norms > 0) & (goal != norms)
+    points = _Points(z, r, goal / SMALL, moves, norms > goal)
+    q = _solve(_equation(points, metric, axes, xp), axes, xp, repeat or _all_steps) * points.goal
     if band.pull != 1:
         q = band.pull * q + (1 - band.pull) * x
         return xp.where(moves, xp.astype(q, x.dtype), x)

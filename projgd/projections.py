@@ -42,14 +42,16 @@ def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | N
         return x
     z, r = scale(x, axes, xp)  # z = x / r has no entry above 1, so that nothing over- or underflows
     z_norm = root(tree_sum(z * z, axes, xp), xp)
-    moves, goal = band.goals(z_norm * (r * SMALL), xp, SMALL)
-    y = z * (goal / xp.where(moves, z_norm, xp.ones_like(z_norm)))
+    norms = z_norm * (r * SMALL)
+    goal = band.goal(norms, xp, SMALL)
+    moves = xp.isfinite(norms) & (norms > 0) & (goal != norms)
+    length = xp.where(moves, z_norm, xp.ones_like(z_norm))
+    y = z * (goal / SMALL / length)
     if band.pull != 1:
         y = band.pull * y + (1 - band.pull) * x
     stored = xp.astype(y, x.dtype)
     if band.filled is not None:
-        y = z * (band.filled / xp.where(moves, z_norm, xp.ones_like(z_norm)))
-        stored = xp.where(goal == band.down, fill(y, band, axes, x.dtype), stored)
+        stored = xp.where(norms > goal, fill(z * (band.filled / length), band, axes, x.dtype), stored)
     return xp.where(moves, stored, x)
 
 

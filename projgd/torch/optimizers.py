@@ -197,9 +197,9 @@ class Projected(Optimizer):
             with torch.set_grad_enabled(differentiable):
                 return inner.__wrapped__(*given, **kwargs)
 
+        self._all_radii()  # of the weights as they are before the step
         if not any(shaping.is_shaped(group) for group in optimizer.param_groups):
             return call(closure)
-        self._all_radii()  # of the weights as they are before the step
         spare = {} if torch.compiler.is_compiling() else self._spare
         return shaping.step(self.inner, optimizer.param_groups, spare, call, closure)
 
@@ -278,7 +278,8 @@ class Projected(Optimizer):
             only_c = settings.moved(group, seen.settings) == {"c"} and seen.has(group["params"])
         now = {**group, **own}
         constraint = settings.constraint_of(now)
-        if not (only_c and settings.is_usual(constraint) and settings.is_usual(was)) or was is None:
+        moves = only_c and None not in (was, constraint)
+        if not (moves and settings.is_usual(constraint) and settings.is_usual(was)):
             self._router.clear()
             self._check(now, named)
             if seen is not None and was != constraint:

@@ -68,8 +68,12 @@ class Radii:
             found: dict[Tensor, Tensor] = {}
             for constraint, named in groups:
                 if constraint is not None and constraint.takes_initial:
-                    self.waiting |= take_initial(constraint, {n: p for n, p in named.items() if self.get(p) is None})
-                    found |= {p: radius for p in named.values() if (radius := self.get(p)) is not None}
+                    for name, p in named.items():
+                        if self.get(p) is None:
+                            self.waiting |= take_initial(constraint, {name: p})
+                        radius = self.get(p)
+                        if radius is not None:
+                            found[p] = radius
             self._known = found
         return self._known
 

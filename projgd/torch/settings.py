@@ -143,7 +143,7 @@ def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
         settings |= changed
     elif constraint is not None and "axis" in changed:
         settings["constraint"] = _replaced(constraint, axis=changed["axis"])
-    if "constraint" not in changed and "c" in changed and constraint is not None and constraint.moving_c is not None:
+    if "constraint" not in changed and "c" in changed and _c_and_axis(constraint)[0] is not None:
         settings["constraint"] = None if changed["c"] is None else _replaced(settings["constraint"], c=changed["c"])
     return settle(settings, {})
 
@@ -168,7 +168,7 @@ def _agree(settings: dict[str, Any], constraint: Constraint) -> None:
 
 def _c_and_axis(constraint: Constraint | None) -> tuple[Any, Any]:
     """The c and the axis that stand in a group beside a set; a set of entries has none, and leaves the default."""
-    if constraint is None:
+    if not isinstance(constraint, Constraint):  # `constraint_of` refuses what is neither
         return None, "fan_in"
     return constraint.moving_c, "fan_in" if constraint.axis == "entries" else constraint.axis
 

@@ -152,17 +152,23 @@ def rows_in_memory(p: Tensor, vectors: Vectors | None) -> tuple[int, int] | None
         shape, stride = vectors.shape, _strides(vectors.shape)
     else:
         shape, stride = tuple(p.shape), p.stride()
-    along = range(len(shape)) if vectors is None else vectors.axes
-    expected, length, is_along = 1, 1, True
+    return rows_of(shape, stride, tuple(range(len(shape))) if vectors is None else vectors.axes)
+
+
+def rows_of(shape: Sequence[int], stride: Sequence[int], axes: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return (count, length) for memory of `shape` and `stride` whose slices along `axes` are rows in the order of
+    their indices; None for other memory."""
+    expected, length, is_along, kept = 1, 1, True, []
     for a in sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: stride[a]):
-        if stride[a] != expected or (a in along and not is_along):
+        if stride[a] != expected or (a in axes and not is_along):
             return None
         expected *= shape[a]
-        if a in along:
+        if a in axes:
             length *= shape[a]
         else:
             is_along = False
-    return (expected // max(length, 1), length) if 0 not in shape else None
+            kept.append(a)
+    return (expected // max(length, 1), length) if 0 not in shape and kept == sorted(kept, reverse=True) else None
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:

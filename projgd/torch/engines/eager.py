@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -27,10 +28,10 @@ from projgd.axes import Vectors
 from projgd.bands import Band
 from projgd.sums import FLOATS
 from projgd.torch.engines import reference
-from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory
+from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory, rows_of
 
 BLOCK = 64  # squares that may be added in any order
-PIECE = 2**20  # entries projected together: with gradient and state they stay in a cache of some ten megabytes
+PIECE = 2**21  # entries projected together: 8 MB, which stay in a cache between their norm and their product
 SMALL = 2**16  # entries; beyond, copying a parameter onto a stack costs more than the calls that it saves
 NEAR, FAR = 2.0**-40, 2.0**64  # norms whose squares, in blocks, neither underflow nor overflow in float32
 _norm = torch.linalg.vector_norm
@@ -52,9 +53,11 @@ class Eager(Engine):
             return f"the parameter is a {type(p).__name__}"
         if p.device.type not in ("cpu", "cuda") or p.dtype == torch.float64:
             return f"it sums squares of {p.dtype} on {p.device.type} in a form that may overflow"
-        band = job.band(p)
-        if band is None:
+        vectors, band = job.vectors(p), job.band(p)
+        if band is None or vectors is None:
             return f"{job.constraint} is not a set of norms"
+        if vectors.shape != tuple(p.shape) and not p.is_contiguous():
+            return "an axis is cut in memory with gaps"
         if band.filled is not None:
             return "the vectors are so short that float16 must be rounded entry by entry"
         if p.numel() and p.device.type == "cpu" and not _is_usual(band):
@@ -62,12 +65,11 @@ class Eager(Engine):
         return None if p.numel() else "the parameter has no entries"
 
     def prepare(self, job: Job, params: Sequence[Tensor]) -> list[_Batch]:
-        on_cpu = [j for j, p in enumerate(params) if p.device.type == "cpu"]
-        return _batches(job, params, on_cpu)
+        return _batches(job, [p for p in params if p.device.type == "cpu"])
 
     def run(self, prepared: list[_Batch], job: Job, params: Sequence[Tensor]) -> None:
         for batch in prepared:
-            batch.project_(job, params)
+            batch.project_(job)
         for p in params:
             if p.device.type != "cpu":
                 project_without_branch_(p, job)
@@ -81,7 +83,7 @@ def project_without_branch_(p: Tensor, job: Job) -> None:
     if job.skip is not None:
         band = band.unless(job.skip.to(p.device), xp)
     x = p.reshape(vectors.shape)
-    factor = band.factors(_norm(x, dim=vectors.axes, keepdim=True, dtype=torch.float64), xp)
+    factor = band.factors(_norm(x, dim=vectors.axes, keepdim=True, dtype=torch.float64), torch)
     moved = torch.mul(x, factor, out=torch.empty_like(x))  # in float64: c / 3e38 may be subnormal in float32
     p.copy_(torch.where(factor != 1, moved, x).reshape(p.shape))
 
@@ -91,137 +93,181 @@ class _Array:
     """One array to project: a parameter, some rows of a large one, or small ones in a stack.
 
     Attributes:
-        places: which parameters.
-        shapes: the shape of each one's vectors.
+        x: the memory of the weights, or of the stack, in the shape of its vectors.
         axes: the axes that make one vector.
-        rows: the first row and the number of rows of a piece; None for whole parameters.
-        stack: memory for several parameters, and the part of it that belongs to each.
+        params: the parameters that it holds.
+        sources: the parameters that are copied onto a stack, in the shape of their vectors; empty for no stack.
+        parts: what belongs to each of them in the stack.
     """
 
-    places: list[int]
-    shapes: list[tuple[int, ...]]
+    x: Tensor
     axes: tuple[int, ...]
-    rows: tuple[int, int] | None = None
-    stack: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    params: list[Tensor]
+    sources: list[Tensor] = field(default_factory=list)
+    parts: tuple[Tensor, ...] = ()
 
-    def views(self, params: Sequence[Tensor]) -> list[Tensor]:
-        if self.rows is not None:
-            (shape,) = self.shapes
-            return [params[self.places[0]].as_strided(shape, (shape[1], 1)).narrow(0, *self.rows)]
-        found = [params[j] for j in self.places]
-        return [p if p.shape == shape else p.reshape(shape) for p, shape in zip(found, self.shapes, strict=True)]
-
-    def load(self, views: list[Tensor]) -> Tensor:
-        return views[0] if self.stack is None else torch.cat(views, out=self.stack[0])
-
-    def store(self, views: list[Tensor], params: Sequence[Tensor]) -> None:
-        """Bring what was projected to where it came from, unless it lies there."""
-        if self.stack is not None:
-            torch._foreach_copy_(views, self.stack[1])
-        if self.rows is None:
-            for j, view in zip(self.places, views, strict=True):
-                if view.data_ptr() != params[j].data_ptr():  # an axis was cut in memory with gaps
-                    params[j].copy_(view.reshape(params[j].shape))
+    @property
+    def vectors(self) -> Vectors:
+        """The vectors of the array."""
+        return Vectors(tuple(self.x.shape), self.axes)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Arrays on a CPU whose norms are judged together: the small operations on norms are what calls cost."""
+    """Arrays whose norms are judged together: calls for the few numbers of each array would cost more than the norms.
+
+    Attributes:
+        arrays: what is projected; all have one band, or each vector has its own.
+        vectors: those of the first parameter, which the band is made for.
+        fixed: a band with one number for each vector of the batch, where sets have taken radii; otherwise None.
+        found: memory for the norms, float64.
+        factors: memory for the factors, float32.
+        norms: the part of `found` for each array.
+        multipliers: the part of `factors` for each array.
+        sums: for arrays that are rows, their blocks and where the norms of these go, and where the norms of rows with
+            equally many blocks come from and go.
+    """
 
     arrays: list[_Array]
-    vectors: Vectors  # of the first parameter: all in the batch have the same band
-    fixed: Band | None  # a band with one number for each vector of the batch, where sets have taken radii
+    vectors: Vectors
+    fixed: Band | None
+    found: Tensor
+    factors: Tensor
+    norms: list[Tensor]
+    multipliers: list[Tensor]
+    sums: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
 
-    def project_(self, job: Job, params: Sequence[Tensor]) -> None:
-        views = [a.views(params) for a in self.arrays]
-        xs = [a.load(v) for a, v in zip(self.arrays, views, strict=True)]
-        wide = [x.float() for x in xs]  # x itself where it is float32
-        each = [norms(x, a.axes) for x, a in zip(wide, self.arrays, strict=True)]
-        found = torch.cat([n.reshape(-1) for n in each]) if len(each) > 1 else each[0].reshape(-1)
-        band = self.fixed or job.band(params[self.arrays[0].places[0]], self.vectors)
+    def project_(self, job: Job) -> None:
+        least, most = self._measure()
+        band = self.fixed or job.band(self.arrays[0].params[0], self.vectors)
         assert band is not None
-        least, most = (float(n) for n in found.aminmax())
-        lower = not (isinstance(band.low, float) and band.low == 0.0)
         if self.fixed is None and band.low <= least and most <= band.high:
             return
-        factors = band.factors(found, xp)
-        is_usual = most < FAR and (least > NEAR or not lower)
-        if not is_usual:
-            factors = torch.where((found < FAR) & ((found > NEAR) | (not lower)), factors, 1.0)
-        for x, w, by, a, v in zip(xs, wide, _split(factors.float(), each), self.arrays, views, strict=True):
-            if is_usual and w is x:
-                x.mul_(by)
-            else:  # NaN keeps its bits
-                x.copy_(torch.where(by != 1, (w * by).to(x.dtype), x))
-            a.store(v, params)
+        is_ball = isinstance(band.low, float) and band.low == 0.0
+        is_usual = most < FAR and (is_ball or least > NEAR)
+        if is_usual and band.pull == 1:  # `Band.factors`, in fewer calls
+            torch.div(band.goal(self.found, torch), self.found.clamp_(min=NEAR * NEAR), out=self.factors)
+        else:
+            self.factors.copy_(band.factors(self.found, torch))
+        if is_usual and self.arrays[0].x.dtype == torch.float32:
+            torch._foreach_mul_([a.x for a in self.arrays], self.multipliers)
+        else:
+            self._multiply_some(~((self.found < FAR) & (is_ball | (self.found > NEAR))))
+        for a in self.arrays:
+            if a.sources:
+                torch._foreach_copy_(a.sources, a.parts)
         if not is_usual:  # the others first: the next step may find them alone, and must have nothing to do
-            for j in {j for a in self.arrays for j in a.places}:
-                reference.project_(params[j], job)
+            for p in {id(p): p for a in self.arrays for p in a.params}.values():
+                reference.project_(p, job)
+
+    def _measure(self) -> tuple[float, float]:
+        """Fill `found`, and return the smallest and the largest norm; NaN if there is one."""
+        blocks, rows = self.sums
+        for a, norm in zip(self.arrays, self.norms, strict=True):
+            if a.sources:
+                torch.cat(a.sources, out=a.x)
+            if _rows(a.x, a.axes) is None:
+                norm.copy_(norms(a.x.float(), a.axes))
+        for block, partial in blocks:
+            _norm(block, 2, 2, out=partial)
+        for partial, norm in rows:
+            _norm(partial, 2, 1, dtype=torch.float64, out=norm)
+        least, most = self.found.aminmax()
+        return least.item(), most.item()
+
+    def _multiply_some(self, unusual: Tensor) -> None:
+        """Multiply vectors that move, but for those whose squares over- or underflowed. NaN keeps its bits."""
+        self.factors.masked_fill_(unusual, 1.0)
+        for a, by in zip(self.arrays, self.multipliers, strict=True):
+            a.x.copy_(torch.where(by != 1, (a.x * by).to(a.x.dtype), a.x))
 
 
-def _split(factors: Tensor, norms: list[Tensor]) -> Iterator[Tensor]:
-    parts = factors.split_with_sizes([n.numel() for n in norms])
-    return (part.view(n.shape) for part, n in zip(parts, norms, strict=True))
-
-
-def _batches(job: Job, params: Sequence[Tensor], places: Sequence[int]) -> list[_Batch]:
+def _batches(job: Job, params: Sequence[Tensor]) -> list[_Batch]:
     """Cut large parameters into pieces, stack small ones, and put together what has the same band."""
-    stacks: dict[Any, list[tuple[int, Vectors]]] = {}
-    arrays: list[tuple[_Array, Vectors, int]] = []
-    for j in places:
-        p, vectors = params[j], job.vectors(params[j])
+    batches: list[list[_Array]] = []
+    sizes: dict[Any, tuple[int, list[_Array]]] = {}
+    for array in _arrays(job, params):
+        p, size = array.params[0], array.x.numel()
+        key = p.dtype, p in job.radii or job.band(p)
+        filled, batch = sizes.get(key, (PIECE, []))
+        if filled + size > PIECE:
+            filled, batch = 0, []
+            batches.append(batch)
+        batch.append(array)
+        sizes[key] = filled + size, batch
+    return [_batch(job, arrays) for arrays in batches]
+
+
+def _arrays(job: Job, params: Sequence[Tensor]) -> list[_Array]:
+    small: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    arrays: list[_Array] = []
+    for p in params:
+        vectors = job.vectors(p)
         assert vectors is not None
-        rows = rows_in_memory(p, vectors) if p.numel() > PIECE and p not in job.radii else None
+        x = p.detach().view(vectors.shape) if vectors.shape != p.shape else p.detach()
+        rows = rows_in_memory(p, vectors)
         if p.numel() <= SMALL and 0 not in vectors.axes:
             key = p.dtype, vectors.shape[1:], vectors.axes, p in job.radii
-            stacks.setdefault(key, []).append((j, vectors))
+            small.setdefault(key, []).append((p, x))
         elif rows is not None:
-            height = max(1, PIECE // rows[1])
-            for start in range(0, rows[0], height):
-                n = min(height, rows[0] - start)
-                arrays.append((_Array([j], [rows], (1,), (start, n)), vectors, n * rows[1]))
+            pieces = x.as_strided(rows, (rows[1], 1)).split(max(1, PIECE // rows[1]) if p not in job.radii else rows[0])
+            arrays += [_Array(piece, (1,), [p]) for piece in pieces]
         else:
-            arrays.append((_Array([j], [vectors.shape], vectors.axes), vectors, p.numel()))
-    arrays += [_stacked(members, params) for members in stacks.values()]
-    return _put_together(job, params, arrays)
+            arrays.append(_Array(x, vectors.axes, [p]))
+    for (_, _, axes, _), members in small.items():
+        ps, xs = [p for p, _ in members], [x for _, x in members]
+        stack = torch.cat(xs) if len(xs) > 1 else xs[0]
+        sources, parts = (xs, stack.split_with_sizes([len(x) for x in xs])) if len(xs) > 1 else ([], ())
+        arrays.append(_Array(stack, axes, ps, sources, tuple(parts)))
+    return arrays
 
 
-def _stacked(members: list[tuple[int, Vectors]], params: Sequence[Tensor]) -> tuple[_Array, Vectors, int]:
-    places, shapes = [j for j, _ in members], [v.shape for _, v in members]
-    array = _Array(places, shapes, members[0][1].axes)
-    if len(places) > 1:
-        memory = torch.cat(array.views(params))
-        array = dataclasses.replace(array, stack=(memory, memory.split_with_sizes([shape[0] for shape in shapes])))
-    return array, members[0][1], sum(map(math.prod, shapes))
+def _batch(job: Job, arrays: list[_Array]) -> _Batch:
+    vectors = job.vectors(arrays[0].params[0])
+    assert vectors is not None
+    cuts = [_rows(a.x, a.axes) for a in arrays]
+    if arrays[0].params[0] not in job.radii:  # whose bands lie in the order of the arrays
+        order = sorted(range(len(arrays)), key=lambda i: cuts[i][1] if cuts[i] else 0)  # type: ignore[index]
+        arrays, cuts = [arrays[i] for i in order], [cuts[i] for i in order]
+    shapes = [[1 if i in a.axes else n for i, n in enumerate(a.x.shape)] for a in arrays]
+    counts = [math.prod(shape) for shape in shapes]
+    found = torch.empty(sum(counts), dtype=torch.float64, device="cpu")
+    factors = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
+    parts = [[x.view(s) for x, s in zip(m.split_with_sizes(counts), shapes, strict=True)] for m in (found, factors)]
+    return _Batch(arrays, vectors, _joined_band(job, arrays), found, factors, *parts, _sums(arrays, cuts, found))
 
 
-def _put_together(job: Job, params: Sequence[Tensor], arrays: list[tuple[_Array, Vectors, int]]) -> list[_Batch]:
-    batches: list[_Batch] = []
-    sizes: dict[Any, tuple[int, _Batch]] = {}
-    for array, vectors, size in arrays:
-        p = params[array.places[0]]
-        radii = p in job.radii
-        key = p.dtype, radii or job.band(p, vectors)
-        filled, batch = sizes.get(key, (PIECE, None))
-        if batch is None or filled + size > PIECE:
-            filled, batch = 0, _Batch([], vectors, None)
-            batches.append(batch)
-        batch.arrays.append(array)
-        sizes[key] = filled + size, batch
-    return [dataclasses.replace(b, fixed=_joined_band(b, job, params)) for b in batches]
+def _sums(
+    arrays: list[_Array], cuts: list[tuple[int, int, int] | None], found: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Return the blocks of rows with their norms, and for runs of arrays with equally many blocks those of the rows."""
+    blocks, rows, start = [], [], 0
+    for number, run in itertools.groupby(zip(arrays, cuts, strict=True), key=lambda pair: pair[1] and pair[1][1]):
+        some = list(run)
+        if number is None:
+            start += sum(a.x.numel() // a.vectors.length for a, _ in some)
+            continue
+        heights = [cut[0] for _, cut in some if cut is not None]
+        partial = torch.empty(sum(heights), number, dtype=torch.float32, device="cpu")
+        for (a, cut), part in zip(some, partial.split_with_sizes(heights), strict=True):
+            assert cut is not None
+            blocks.append((a.x.as_strided(cut, (cut[1] * cut[2], cut[2], 1)), part))
+        rows.append((partial, found[start : start + sum(heights)]))
+        start += sum(heights)
+    return blocks, rows
 
 
-def _joined_band(batch: _Batch, job: Job, params: Sequence[Tensor]) -> Band | None:
-    """Return the bands of parameters with radii of their own as one, with a number for each vector of the batch."""
-    places = [j for array in batch.arrays for j in array.places]
-    if params[places[0]] not in job.radii:
+def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
+    """Return the bands of parameters with radii of their own as one, with a number for each vector of the arrays."""
+    params = [p for a in arrays for p in a.params]
+    if params[0] not in job.radii:
         return None
-    bands = [band for j in places if (band := job.band(params[j])) is not None]
-    numbers = {
-        name: torch.cat([torch.as_tensor(getattr(band, name), dtype=torch.float64).reshape(-1) for band in bands])
-        for name in ("low", "high", "up", "down")
-    }
-    return dataclasses.replace(bands[0], **numbers)
+    bands = [band for p in params if (band := job.band(p)) is not None]
+
+    def join(name: str) -> Tensor:
+        return torch.cat([torch.as_tensor(getattr(b, name), dtype=torch.float64).reshape(-1) for b in bands])
+
+    return dataclasses.replace(bands[0], low=join("low"), high=join("high"), up=join("up"), down=join("down"))
 
 
 def _is_usual(band: Band) -> bool:
@@ -245,63 +291,41 @@ def longest_block() -> int:
     return max(BLOCK, lanes * (FLOATS["float32"].free - 2 * lanes)) if 4 <= lanes <= 16 else BLOCK
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How the norms of an array are summed: axes that are neighbours in memory merged, then cut into blocks."""
-
-    order: list[int]  # the axes as they lie in memory
-    runs: list[int]  # and those that can be, merged
-    within: list[int]  # merged axes that fit into one block together
-    beyond: list[int]  # the other merged axes to sum over, of which the last is cut into blocks of
-    block: int
-    shape: list[int]  # of the norms, in the order of memory
-    back: list[int]  # from there to the order of the array
-    blocks: list[int] | None  # (vectors, blocks, block) where that is what a contiguous array is
-
-
 @functools.lru_cache(maxsize=4096)
-def _cut(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...]) -> _Cut:
-    order = sorted(range(len(shape)), key=lambda a: -stride[a])
-    runs: list[int] = []
-    reduced: list[bool] = []
-    for a in order:
-        if reduced and reduced[-1] == (a in axes):
-            runs[-1] *= shape[a]
-        else:
-            runs.append(shape[a])
-            reduced.append(a in axes)
-    is_row = sum(reduced) == 1 and reduced[-1] and min(stride, default=1) == 1
-    block, within, beyond = longest_block() if is_row else BLOCK, [], []
-    for i in reversed(range(len(runs))):
-        if reduced[i] and runs[i] <= block:
-            within.append(i)
-            block //= runs[i]
-        elif reduced[i]:
-            beyond.append(i)
-    if beyond:  # blocks without a remainder where they are not much shorter
-        block = next((b for b in range(block, block // 3, -1) if runs[beyond[0]] % b == 0), block)
-    kept = [1 if a in axes else shape[a] for a in order]
-    back = [order.index(a) for a in range(len(shape))]
-    simple = reduced == [False, True] and beyond and runs[1] % block == 0 and back == order == sorted(order)
-    return _Cut(order, runs, within, beyond, block, kept, back, [runs[0], runs[1] // block, block] if simple else None)
+def _cut_rows(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int] | None:
+    rows = rows_of(shape, stride, axes)
+    if rows is None or 0 in shape:
+        return None
+    length, most = rows[1], longest_block()
+    block = next((b for b in range(min(most, length), most // 3, -1) if length % b == 0), min(most, length))
+    return (rows[0], length // block, block) if length % block == 0 else None
+
+
+def _rows(x: Tensor, axes: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Return (rows, blocks, block) for float32 memory that is rows, in the order of x, which blocks fill; else None."""
+    return _cut_rows(tuple(x.shape), x.stride(), axes) if x.dtype == torch.float32 else None
 
 
 def norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Return ‖x‖₂ of float32 vectors in float64, reduced axes kept with size 1. Squares may over- or underflow."""
-    cut = _cut(x.shape, x.stride(), axes)
-    if cut.blocks and x.is_contiguous():
-        rows: Tensor = _norm(_norm(x.view(cut.blocks), 2, 2), 2, 1, dtype=torch.float64)
-        return rows.view(cut.shape)
-    y = x.permute(cut.order).reshape(cut.runs)
-    if not cut.beyond:
-        found: Tensor = _norm(y, dim=cut.within, keepdim=True).double()
-    else:
-        d, n, block = cut.beyond[0], cut.runs[cut.beyond[0]], cut.block
-        full = n - n % block
-        blocks = y.narrow(d, 0, full).reshape([*cut.runs[:d], full // block, block, *cut.runs[d + 1 :]])
-        blocks = _norm(blocks, dim=[d + 1, *(i + (i > d) for i in cut.within)], keepdim=True).squeeze(d + 1)
-        found = _norm(blocks, dim=cut.beyond, keepdim=True, dtype=torch.float64)
-        if full < n:
-            rest = _norm(y.narrow(d, full, n - full), dim=[d, *cut.within], keepdim=True)
-            found = torch.hypot(found, _norm(rest, dim=cut.beyond, keepdim=True, dtype=torch.float64))
-    return found.reshape(cut.shape).permute(cut.back)
+    cut = _rows(x, axes)
+    if cut is not None:
+        blocks = _norm(x.as_strided(cut, (cut[1] * cut[2], cut[2], 1)), 2, 2)
+        found: Tensor = _norm(blocks, 2, 1, dtype=torch.float64)
+        return found.view([1 if a in axes else n for a, n in enumerate(x.shape)])
+    # Neighbours in memory are merged where both are summed or both are not.
+    order = sorted(range(x.ndim), key=lambda a: -x.stride(a))
+    y, block = x.permute(order), BLOCK
+    merged = [list(run) for _, run in itertools.groupby(order, key=lambda a: a in axes)]
+    y = y.reshape([math.prod([x.shape[a] for a in run]) for run in merged])
+    summed = [i for i, run in enumerate(merged) if run[0] in axes]
+    for i in reversed(summed):  # blocks of at most `BLOCK` squares in all, before float64
+        n = y.shape[i]
+        size = min(block, n)
+        full = n - n % size
+        parts = _norm(y.narrow(i, 0, full).unflatten(i, (-1, size)), dim=i + 1)
+        rest = [_norm(y.narrow(i, full, n - full), dim=i, keepdim=True)] if full < n else []
+        y, block = torch.cat([parts, *rest], dim=i) if rest else parts, max(1, block // size)
+    found = _norm(y, dim=summed, keepdim=True, dtype=torch.float64)
+    kept = found.reshape([1 if a in axes else x.shape[a] for a in order])
+    return kept.permute([order.index(a) for a in range(x.ndim)])

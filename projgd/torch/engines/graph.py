@@ -12,9 +12,7 @@ rounded in one and not in the other; they are projected by an operator as a whol
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 
 import array_api_compat.torch as xp
@@ -49,6 +47,7 @@ class Graph(Engine):
         return None
 
     def run(self, prepared: None, job: Job, params: Sequence[Tensor]) -> None:
+        assert job.constraint is not None
         by_device = itertools.groupby(sorted(params, key=lambda p: str(p.device)), key=lambda p: p.device)
         for _, some in by_device:
             group = list(some)
@@ -58,11 +57,12 @@ class Graph(Engine):
             for p in group:
                 vectors = job.vectors(p)
                 if p.dtype != torch.float32 and vectors is not None:
-                    radii = job.radii[p] if p in job.radii else _moving(None)
-                    _project_opaque(p, _moving(job), _describe(job), radii, list(vectors.shape), list(vectors.axes))
+                    radii = job.radii[p] if p in job.radii else torch.empty(0, device=p.device)
+                    _project_opaque(p, *_describe(job.constraint), radii, list(vectors.shape), list(vectors.axes))
 
 
 def _project(params: Sequence[Tensor], job: Job) -> None:
+    assert job.constraint is not None
     views = [(p.reshape(v.shape), v) for p in params if (v := job.vectors(p)) is not None]
     norms = [torch.linalg.vector_norm(x, dim=v.axes, keepdim=True, dtype=torch.float64) for x, v in views]
     counts = [n.numel() for n in norms]
@@ -71,59 +71,53 @@ def _project(params: Sequence[Tensor], job: Job) -> None:
         torch.cat([n.reshape(-1) for n in norms]),
         counts,
         [v.length for _, v in views],
-        _moving(job),
-        _describe(job),
-        torch.cat(radii) if radii else _moving(None),
+        *_describe(job.constraint),
+        torch.cat(radii) if radii else torch.empty(0, device=params[0].device),
     )
     for (x, _), n, factor in zip(views, norms, factors.split_with_sizes(counts), strict=True):
         x.mul_(factor.reshape(n.shape))
 
 
-def _moving(job: Job | None) -> Tensor:
-    """Return c as a tensor; empty where there is none.
+def _describe(constraint: Constraint) -> tuple[str, Tensor]:
+    """Return the words of a constraint's config, and its numbers as a tensor.
 
     A product of a tensor is all that torch.compile takes a moving float for; others it compiles in.
     """
-    c = None if job is None or job.constraint is None else job.constraint.moving_c
-    if c is None:
-        return torch.empty(0, dtype=torch.float64, device="cpu")
-    return torch.ones((), dtype=torch.float64, device="cpu") * c
+    config = {k: v for k, v in constraint.config().items() if k != "axis"}
+    words = ";".join(f"{k}={v}" if isinstance(v, str) else k for k, v in config.items())
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    numbers = [one * v for v in config.values() if not isinstance(v, str)]
+    return words, torch.cat(numbers) if numbers else one
 
 
-def _describe(job: Job) -> str:
-    """Return the constraint as JSON, without the c that moves and without an axis, which need not be known."""
-    assert job.constraint is not None
-    config = {k: v for k, v in job.constraint.config().items() if k != "axis"}
-    return json.dumps(config | ({"c": 1.0} if job.constraint.moving_c is not None else {}))
-
-
-def _constraint(description: str, c: Tensor, radii: Tensor) -> Constraint:
-    constraint: Constraint = from_config(json.loads(description))
-    if c.numel():
-        constraint = dataclasses.replace(constraint, c=c.item())  # type: ignore[call-arg]
+def _constraint(words: str, numbers: Tensor, radii: Tensor) -> Constraint:
+    """Return the constraint that `_describe` described, with the radii that it has taken."""
+    values = iter(numbers.tolist())
+    pairs = [word.partition("=") for word in words.split(";")]
+    constraint: Constraint = from_config({k: v if is_word else next(values) for k, is_word, v in pairs})
     return constraint.bind(radii) if radii.numel() else constraint
 
 
 @torch.library.custom_op("projgd::factors", mutates_args=())
 def _factors(
-    norms: Tensor, counts: list[int], lengths: list[int], c: Tensor, description: str, radii: Tensor
+    norms: Tensor, counts: list[int], lengths: list[int], words: str, numbers: Tensor, radii: Tensor
 ) -> Tensor:
     """Return what vectors with these norms are multiplied by, `counts` of them of each length; 1 where they stay."""
     factors, start = torch.empty_like(norms), 0
     for count, n in zip(counts, lengths, strict=True):
         part = slice(start, start := start + count)
-        band = _constraint(description, c, radii[part]).band(FLOATS["float32"], Vectors((1, n), (1,)), moved=True)
+        band = _constraint(words, numbers, radii[part]).band(FLOATS["float32"], Vectors((1, n), (1,)), moved=True)
         assert band is not None
         factors[part] = band.factors(norms[part], xp)
     return factors
 
 
 @_factors.register_fake
-def _(norms: Tensor, counts: list[int], lengths: list[int], c: Tensor, description: str, radii: Tensor) -> Tensor:
+def _(norms: Tensor, counts: list[int], lengths: list[int], words: str, numbers: Tensor, radii: Tensor) -> Tensor:
     return torch.empty_like(norms)
 
 
 @torch.library.custom_op("projgd::project_", mutates_args=("p",))
-def _project_opaque(p: Tensor, c: Tensor, description: str, radii: Tensor, shape: list[int], axes: list[int]) -> None:
+def _project_opaque(p: Tensor, words: str, numbers: Tensor, radii: Tensor, shape: list[int], axes: list[int]) -> None:
     x = p.reshape(shape)
-    p.copy_(_constraint(description, c, radii).onto(x, tuple(axes), xp, moved=True).reshape(p.shape))
+    p.copy_(_constraint(words, numbers, radii).onto(x, tuple(axes), xp, moved=True).reshape(p.shape))

@@ -1,0 +1,539 @@
+"""The kernel of the engine `cpu`: update, norm and rescaling of a vector while it is in cache, all tensors in one call.
+
+A tensor is `count` rows of `length` float32 numbers, one after the other in memory; each row is a vector. The rows are cut
+into tiles, and the tiles are dealt out to threads. Within a tile, a few rows are updated, then their norms are taken and
+those outside of their band are scaled, all while they are in the first-level cache. A row that is longer than a tile is
+shared: its tiles leave their sums of squares, and a second pass rescales.
+
+Sums are taken in float64, where squares of float32 numbers neither over- nor underflow and their sum is as good as exact
+in any order. No flag assumes that NaN or infinity cannot occur, except in `_weigh` and `_sum_block`, which work on finite
+numbers only.
+
+Everything compiled is in this file, because numba's cache on disk looks at the age of one file only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+TILE = 1 << 14
+"""Entries of a tile: with gradient and states they fit into the second-level cache."""
+
+LONG = 1 << 15
+"""Entries from which on a row is shared by several tiles."""
+
+BLOCK = 2048
+"""Entries updated before their norms are taken: with gradient and states they fit into the first-level cache."""
+
+SHARE = 1 << 17
+"""Entries that are worth another thread."""
+
+THREADS: int = cast("Any", numba.config).NUMBA_NUM_THREADS
+TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns of `tiles`
+PARAM, GRAD, MOMENT, SQUARE, LARGEST = range(5)  # the rows of `table`
+TINY = 2.0**-100
+GUESS = 256  # entries of a vector that the first guess at its multiplier looks at
+STEPS = 30  # of the iteration for a multiplier, at most; 2 or 3 are usual
+LIGHTEST, HEAVIEST = (
+    (127 - 50) << 23,
+    (127 + 50) << 23,
+)  # bits of 2^-50 and 2^50: no power of such a D over- or underflows
+
+
+class Sgd(NamedTuple):
+    """Hyperparameters of torch.optim.SGD, as the kernel reads them."""
+
+    lr: float
+    momentum: float
+    undamped: float  # 1 - dampening
+    decay: float
+    sign: float
+    nesterov: float
+    scale: float  # what gradients are divided by first: GradScaler's scale, 1 without one
+
+
+class Adam(NamedTuple):
+    """Hyperparameters of torch.optim.Adam and AdamW, as the kernel reads them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    sign: float
+    decoupled: float
+    amsgrad: float
+    scale: float
+
+
+_exact = njit(error_model="numpy")
+_inlined = njit(error_model="numpy", forceinline=True)
+_reordered = njit(error_model="numpy", fastmath={"reassoc", "contract"})  # so that a sum takes several numbers at once
+_finite = njit(error_model="numpy", fastmath=True)
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """Return the address as a pointer to float32 numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), codegen
+
+
+@intrinsic
+def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a · b + c, rounded once: where torch's kernels do, so that the bits agree."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return c(a, b, c), codegen
+
+
+@_inlined
+def _view(address: int, start: int, size: int) -> Any:
+    return carray(_pointer(address + 4 * start), size)
+
+
+@_exact
+def _unscale(g: Any, scale: float) -> None:
+    divisor = np.float32(scale)
+    for i in range(g.size):
+        g[i] /= divisor
+
+
+@_inlined
+def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, is_first: bool) -> None:
+    """Run torch.optim.SGD on a run of memory of tensor k."""
+    p, g = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size)
+    m = _view(table[MOMENT, k], start, size)
+    lr, momentum, undamped = np.float32(h.lr), np.float32(h.momentum), np.float32(h.undamped)
+    decay, sign, nesterov = np.float32(h.decay), np.float32(h.sign), h.nesterov != 0
+    if h.scale != 1:
+        _unscale(g, h.scale)
+    for i in range(p.size):
+        w = p[i]
+        d = sign * g[i]
+        if decay != 0:
+            d = _fma(decay, w, d)
+        if momentum != 0:
+            b = d if is_first else _fma(undamped, d, momentum * m[i])
+            m[i] = b
+            d = _fma(momentum, b, d) if nesterov else b
+        p[i] = _fma(-lr, d, w)
+
+
+@_inlined
+def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any) -> None:
+    """Run torch.optim.Adam or AdamW on a run of memory of tensor k."""
+    p, g = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size)
+    m, v = _view(table[MOMENT, k], start, size), _view(table[SQUARE, k], start, size)
+    x = _view(table[LARGEST, k], start, size)
+    beta2, eps, decay, sign = np.float32(h.beta2), np.float32(h.eps), np.float32(h.decay), np.float32(h.sign)
+    weight1, weight2 = np.float32(1 - h.beta1), np.float32(1 - h.beta2)
+    shrink = np.float32(1 - h.lr * h.decay)
+    decoupled, amsgrad = h.decoupled != 0, h.amsgrad != 0
+    rate, root = np.float32(-factors[k, 0]), np.float32(factors[k, 1])
+    is_near, beyond = weight1 < np.float32(0.5), weight1 - np.float32(1)  # torch.lerp starts from the nearer end
+    if h.scale != 1:
+        _unscale(g, h.scale)
+    for i in range(p.size):
+        w = p[i]
+        d = sign * g[i]
+        if decay != 0:
+            if decoupled:
+                w = w * shrink
+            else:
+                d = _fma(decay, w, d)
+        a = m[i]
+        a = _fma(weight1, d - a, a) if is_near else _fma(beyond, d - a, d)
+        b = _fma(weight2 * d, d, beta2 * v[i])
+        m[i] = a
+        v[i] = b
+        if amsgrad:
+            most = x[i]
+            b = most if most > b else b
+            x[i] = b
+        p[i] = w + rate * a / (np.sqrt(b) / root + eps)
+
+
+@_exact
+def _count(h: Any, counters: Any, factors: Any) -> None:
+    """Add 1 to the step counts; `factors` become the step size and the root of the second bias correction."""
+    count = np.float32(0)
+    for k in range(len(counters)):
+        counter = carray(_pointer(counters[k]), 1)
+        counter[0] += np.float32(1)
+        if k == 0 or counter[0] != count:
+            count = counter[0]
+            size = h.lr / (1 - h.beta1 ** np.float64(count))
+            root = math.sqrt(1 - h.beta2 ** np.float64(count))
+        factors[k, 0], factors[k, 1] = size, root
+
+
+@_reordered
+def _sum_squares(address: int, start: int, size: int) -> float:
+    x = _view(address, start, size)
+    total = 0.0
+    for i in range(x.size):
+        wide = np.float64(x[i])
+        total += wide * wide
+    return total
+
+
+@_exact
+def _scale(x: Any, factor: float) -> None:
+    """Multiply x; in float64 where the factor is subnormal or infinite in float32, such as 1e-3 / 3e38."""
+    if TINY < factor < 1 / TINY:
+        short = np.float32(factor)
+        for i in range(x.size):
+            x[i] *= short
+    else:
+        for i in range(x.size):
+            x[i] = np.float32(x[i] * factor)
+
+
+@_exact
+def _factor(norm: float, band: Any) -> float:
+    """Return what a vector is multiplied by, as `Band.factors` does."""
+    low, high, up, down, pull = band[0], band[1], band[2], band[3], band[4]
+    if low <= norm <= high or not 0 < norm < np.inf:
+        return 1.0
+    factor = (up if norm < low else down) / norm
+    return factor if pull == 1 else pull * factor + (1 - pull)
+
+
+@_exact
+def _measure_metric(x: Any, v: Any, root: float, eps: float, scale: float, y: Any, d: Any) -> bool:
+    """Write y = x · scale and D = √v / root + ε; return whether `_find_multiplier` can work with this D."""
+    factor, divisor, least = np.float32(scale), np.float32(root), np.float32(eps)
+    low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
+    bits = d.view(np.uint32)  # in the order of the numbers, then NaN and negative ones
+    for i in range(y.size):
+        y[i] = x[i] * factor
+        d[i] = np.sqrt(v[i]) / divisor + least
+        low, high = min(low, bits[i]), max(high, bits[i])
+    return low >= LIGHTEST and high <= HEAVIEST
+
+
+@_finite
+def _sum_block(y: Any, d: Any, multiplier: Any) -> Any:
+    one, zeroth, first, second = np.float32(1), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(y.size):
+        inverse = one / (d[i] + multiplier)
+        x = y[i] * (d[i] * inverse)
+        h = x * inverse
+        zeroth += x * x
+        first += x * h
+        second += h * h
+    return zeroth, first, second
+
+
+@_exact
+def _sum_moments(y: Any, d: Any, multiplier: float) -> Any:
+    """Return Σ x², Σ x² / (D + λ) and Σ x² / (D + λ)² of x = y · D / (D + λ)."""
+    zeroth, first, second = 0.0, 0.0, 0.0
+    for start in range(0, y.size, BLOCK):
+        block = _sum_block(y[start : start + BLOCK], d[start : start + BLOCK], np.float32(multiplier))
+        zeroth += block[0]
+        first += block[1]
+        second += block[2]
+    return zeroth, first, second
+
+
+@_exact
+def _find_multiplier(y: Any, d: Any, norm: float) -> float:
+    """Return λ > 0 with ‖x(λ)‖ = 1, x as in `_sum_moments`, for y with a norm above 1; -1 where none was found.
+
+    Newton's iteration on 1/‖x(λ)‖ = 1 with one more term of the series. Left of the root it never steps over; from the
+    right, where the guess from the first entries may lie, Newton's own step leads back to the left.
+    """
+    size = min(y.size, GUESS)
+    _, first, second = _sum_moments(y[:size], d[:size], 0.0)
+    zeroth, first, second = norm * norm, first * y.size / size, second * y.size / size
+    if first == 0:
+        _, first, second = _sum_moments(y, d, 0.0)
+    multiplier = lower = 0.0
+    for step in range(STEPS):
+        excess = math.sqrt(zeroth) - 1
+        newton, bend = excess * zeroth / first, 1.5 * excess * (zeroth * second / (first * first) - 1)
+        multiplier = max(multiplier + (newton * (1 + bend) if abs(bend) < 0.3 else newton), lower)
+        if not multiplier < np.inf:
+            return -1.0
+        if step > 0 and abs(bend) < 0.1 and abs(excess) * bend * bend < 2e-9:  # the next excess, but for rounding
+            return multiplier
+        zeroth, first, second = _sum_moments(y, d, multiplier)
+        if zeroth > 1:
+            lower = multiplier
+    return -1.0
+
+
+@_finite
+def _weigh(y: Any, d: Any, multiplier: float) -> float:
+    """Make y the x(λ) of `_sum_moments`, and return its norm."""
+    short, total = np.float32(multiplier), 0.0
+    for i in range(y.size):
+        y[i] *= d[i] / (d[i] + short)
+        wide = np.float64(y[i])
+        total += wide * wide
+    return math.sqrt(total)
+
+
+@_exact
+def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, band: Any, space: Any) -> bool:
+    """Move x, a vector above its band, to the nearest point of its new norm in D = √v / root + ε; False if it cannot."""
+    goal = band[3]
+    y, d = space[0, : x.size], space[1, : x.size]
+    if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal):
+        return False
+    if not _measure_metric(x, v, root, eps, 1 / goal, y, d):
+        return False
+    multiplier = _find_multiplier(y, d, norm / goal)
+    if multiplier < 0:
+        return False
+    scale = np.float32(goal / _weigh(y, d, multiplier))
+    for i in range(x.size):
+        x[i] = y[i] * scale
+    return True
+
+
+@_exact
+def _project(
+    eps: Any,
+    square: float,
+    band: Any,
+    k: int,
+    start: int,
+    size: int,
+    table: Any,
+    factors: Any,
+    unsettled: Any,
+    space: Any,
+) -> None:
+    """Project a vector, or without a metric a part of one, whose sum of squares is known."""
+    norm = math.sqrt(square)
+    factor = _factor(norm, band)
+    if factor == 1:
+        return
+    x = _view(table[PARAM, k], start, size)
+    if eps is None:
+        _scale(x, factor)
+    elif not _project_in_metric(x, _view(table[LARGEST, k], start, size), factors[k, 1], eps, norm, band, space):
+        unsettled[k] = 1
+
+
+def step(
+    sgd: Any,
+    adam: Any,
+    eps: Any,
+    table: Any,
+    counters: Any,
+    factors: Any,
+    tiles: Any,
+    ranges: Any,
+    bands: Any,
+    sums: Any,
+    unsettled: Any,
+) -> None:
+    """Run one optimizer step and its projection for all tensors.
+
+    Args:
+        sgd, adam: the hyperparameters, `Sgd` or `Adam`, and None for the other: the kernel is compiled for each.
+        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, v being in the last row of `table`.
+        table: int64 (5, tensors): addresses of parameter, gradient and three states.
+        counters: int64 (tensors,): addresses of Adam's step counts; otherwise empty.
+        factors: float64 (tensors, 2): Sgd: 1 in the first column where the momentum starts; Adam: written here.
+        tiles: int64 (tiles, 8), see `cut_tiles`.
+        ranges: int64 (threads + 1,): which tiles are whose.
+        bands: float64 (bands, 5): low, high, up, down, pull.
+        sums: float64 (tiles,): written here by tiles that share a vector.
+        unsettled: int64 (tensors,): becomes 1 where the metric is out of range, and the tensor needs
+            `projgd.metrics.project_band`.
+    """
+    if adam is not None:
+        _count(adam, counters, factors)
+    longest, is_shared = 1, False
+    for i in range(len(tiles)):
+        longest, is_shared = max(longest, tiles[i, LENGTH] * tiles[i, PARTS]), is_shared or tiles[i, PARTS] > 1
+    for t in prange(len(ranges) - 1):
+        space = np.empty((2, longest if eps is not None else 1), np.float32)
+        for i in range(ranges[t], ranges[t + 1]):
+            tile = tiles[i]
+            k, length, side = tile[TENSOR], tile[LENGTH], max(1, BLOCK // tile[LENGTH])
+            for j in range(0, tile[COUNT], side):
+                count, start = min(side, tile[COUNT] - j), tile[START] + j * length
+                if sgd is not None:  # numba compiles only the branch that is taken, but for each `if` on its own
+                    _update_sgd(sgd, table, k, start, count * length, factors[k, 0] != 0)
+                if adam is not None:
+                    _update_adam(adam, table, k, start, count * length, factors)
+                if tile[BAND] < 0:
+                    continue
+                for n in range(count):
+                    square = _sum_squares(table[PARAM, k], start + n * length, length)
+                    if tile[PARTS] > 1:
+                        sums[i] = square
+                        continue
+                    band = bands[tile[BAND] + (j + n) * tile[STEP]]
+                    _project(eps, square, band, k, start + n * length, length, table, factors, unsettled, space)
+    if is_shared:
+        for t in prange(len(ranges) - 1):
+            space = np.empty((2, longest if eps is not None else 1), np.float32)
+            for i in range(ranges[t], ranges[t + 1]):
+                tile = tiles[i]
+                first, parts, length = tile[FIRST], tile[PARTS], tile[LENGTH]
+                if parts == 1 or (eps is not None and first != i):
+                    continue
+                if eps is not None:
+                    length = tiles[first : first + parts, LENGTH].sum()
+                square, band = sums[first : first + parts].sum(), bands[tile[BAND]]
+                _project(eps, square, band, tile[TENSOR], tile[START], length, table, factors, unsettled, space)
+
+
+def _compile() -> Any:
+    """Have `step` compiled on its first call and kept on disk, where there is a directory to keep it in."""
+    try:
+        return njit(parallel=True, nogil=True, error_model="numpy", cache=True)(step)
+    except RuntimeError:  # no directory can be written
+        return njit(parallel=True, nogil=True, error_model="numpy")(step)
+
+
+_run = _compile()
+_lock = threading.Lock()  # numba's simplest thread pool cannot be entered twice
+_ready: set[tuple[type, ...]] = set()  # what the kernel is compiled for
+
+
+class Tables:
+    """What the kernel reads and writes, for tensors that stay where they are.
+
+    Args:
+        addresses: (5, tensors), see `step`; those of the gradients change from step to step.
+        counters: (tensors,) addresses of Adam's step counts; empty for SGD.
+        starts: (tensors,), whether the momentum of SGD starts.
+        tensors: see `cut_tiles`.
+        bands: (bands, 5), see `step`.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[Sequence[int]],
+        counters: Sequence[int],
+        starts: Sequence[bool],
+        tensors: Sequence[tuple[int, int, int, int]],
+        bands: Floats,
+    ) -> None:
+        self.addresses, self.counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
+        self.factors = np.zeros((len(tensors), 2))
+        self.factors[:, 0] = starts
+        self.bands = bands
+        self._tiles = cut_tiles(tensors)
+        self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
+        self._entries = sum(count * length for count, length, *_ in tensors)
+        self._ranges: dict[int, Ints] = {}  # by the number of threads
+
+    def run(self, sgd: Sgd | None, adam: Adam | None, eps: float | None) -> list[int]:
+        """Run `step`, and return the tensors that it could not settle."""
+        threads = min(torch.get_num_threads(), THREADS, 1 + self._entries // SHARE)
+        if threads not in self._ranges:
+            self._ranges[threads] = deal_out(self._tiles, threads)
+        written = self._sums, self._unsettled
+        with _launching(threads, (type(sgd), type(adam), type(eps))):
+            _run(
+                sgd,
+                adam,
+                eps,
+                self.addresses,
+                self.counters,
+                self.factors,
+                self._tiles,
+                self._ranges[threads],
+                self.bands,
+                *written,
+            )
+        self.factors[:, 0] = 0
+        if eps is None:
+            return []
+        unsettled: list[int] = np.flatnonzero(self._unsettled).tolist()
+        self._unsettled[:] = 0
+        return unsettled
+
+
+@contextlib.contextmanager
+def _launching(threads: int, variant: tuple[type, ...]) -> Iterator[None]:
+    """Be alone in this process, on so many threads; alone on this machine where the kernel may have to be compiled."""
+    of_torch = torch.get_num_threads()
+    before = numba.get_num_threads()
+    if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP that both use how many
+        torch.set_num_threads(of_torch)
+    with _lock, contextlib.nullcontext() if variant in _ready else _compiling():
+        numba.set_num_threads(min(threads, before))
+        try:
+            yield
+            _ready.add(variant)
+        finally:
+            numba.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Let one process at a time compile, and the others find the result: numba's index is not made for several writers."""
+    directory = _run.stats.cache_path
+    if fcntl is None or directory is None:
+        yield
+        return
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with (Path(directory) / "projgd.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock
+
+
+def cut_tiles(tensors: Sequence[tuple[int, int, int, int]]) -> Ints:
+    """Return the tiles that the kernel walks over, a row each.
+
+    Its columns are: the tensor; where its first vector starts; how many vectors, and of how many entries; the row in
+    `bands` of the first vector, -1 if it is free, and the distance to that of the next; the first of the tiles that
+    share its vector, and how many these are.
+
+    Args:
+        tensors: (count, length, band, step) of each: `count` vectors of `length` entries in memory.
+    """
+    rows: list[tuple[int, ...]] = []
+    for k, (count, length, band, step) in enumerate(tensors):
+        size = min(length, TILE if band < 0 else LONG)
+        parts = 1 if band < 0 else -(-length // size)
+        side = max(1, TILE // length)
+        for j in range(0, count, side):
+            first = len(rows)
+            for begin in range(0, length, size):
+                each = min(side, count - j), min(size, length - begin)
+                rows.append((k, j * length + begin, *each, band + j * step, step, first, parts))
+    return np.array(rows, dtype=np.int64).reshape(-1, 8)
+
+
+def deal_out(tiles: Ints, threads: int) -> Ints:
+    """Return which tiles are whose: ranges with about the same number of entries."""
+    ends = np.concatenate([[0], np.cumsum(tiles[:, COUNT] * tiles[:, LENGTH])])
+    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1))
+    cuts[-1] = len(tiles)
+    return cuts.astype(np.int64)
