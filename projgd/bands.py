@@ -1,8 +1,8 @@
 """A norm set is a band: which norms stay, and what the norm of every other vector becomes.
 
 The guards for rounding are in the numbers of the band. Let e be the relative error of a computed norm (`sums.guard`)
-and u the rounding of the stored dtype. For a ball of radius c a computed norm above T = c(1 - e) may be that of a vector
-outside, and such a vector is scaled to s = c(1 - 3e)/(1 + u):
+and u the rounding of the stored dtype. For a ball of radius c a computed norm above T = c(1 - e) may be that of a
+vector outside, and such a vector is scaled to s = c(1 - 3e)/(1 + u):
 
 * what stays has a true norm of at most T(1 + e) <= c;
 * what is scaled has a true norm of at most s(1 + e)(1 + u) <= c(1 - 2e), and a computed norm of at most T, so that the
@@ -121,8 +121,8 @@ def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool =
     """Return the band of ‖w‖ = radius, to rounding.
 
     The band is one that no rounding can leave, so that projecting again changes no bit. For vectors that a step has
-    just `moved` it is what rounding usually does, some ten times less, so that many steps stay where exact arithmetic would
-    take them.
+    just `moved` it is what rounding usually does, some ten times less, so that many steps stay where exact arithmetic
+    would take them.
     """
     length, compute = math.sqrt(vectors.length), FLOATS[kind.compute].unit
     usual = 4 * compute + (kind.unit / length if kind.unit > compute else 0.0)

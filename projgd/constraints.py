@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -106,6 +106,22 @@ class Constraint(Configured, ABC):
     def bind(self, initial: Array) -> Constraint:
         """Return this set with the numbers that `initial` took."""
         raise NotImplementedError(f"{self} takes nothing from the initial weights")
+
+    def replace(self, **changed: Any) -> Constraint:
+        """Return this set with other hyperparameters.
+
+        Raises:
+            ValueError: a name that is none of its hyperparameters.
+
+        >>> MaxNorm(3.0).replace(axis=0)
+        MaxNorm(c=3.0, axis=0)
+        """
+        known = {f.name for f in fields(self)}
+        for name, value in changed.items():
+            if name not in known:
+                raise ValueError(f"{name}={value!r} has no meaning for {self}: leave it out")
+        made: Constraint = replace(self, **changed)
+        return made
 
     @staticmethod
     def from_config(config: dict[str, Any]) -> Constraint:

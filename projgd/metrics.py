@@ -79,11 +79,12 @@ def project_band(
     goal = band.goal(norms, xp, SMALL)
     moves = xp.isfinite(norms) & (norms > 0) & (goal != norms)
     points = _Points(z, r, goal / SMALL, moves, norms > goal)
-    q = _solve(_equation(points, metric, axes, xp), axes, xp, repeat or _all_steps) * points.goal
+    unit = _solve(_equation(points, metric, axes, xp), axes, xp, repeat or _all_steps)
+    q = unit * points.goal
     if band.pull != 1:
         q = band.pull * q + (1 - band.pull) * x
         return xp.where(moves, xp.astype(q, x.dtype), x)
-    stored = xp.astype(q, x.dtype) if band.filled is None else fill(q, band, axes, x.dtype)
+    stored = xp.astype(q, x.dtype) if band.filled is None else fill(unit, band, axes, x.dtype)
     return xp.where(moves, projections.project_band(stored, band, axes, xp), x)
 
 

@@ -51,7 +51,7 @@ def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | N
         y = band.pull * y + (1 - band.pull) * x
     stored = xp.astype(y, x.dtype)
     if band.filled is not None:
-        stored = xp.where(norms > goal, fill(z * (band.filled / length), band, axes, x.dtype), stored)
+        stored = xp.where(norms > goal, fill(z / length, band, axes, x.dtype), stored)
     return xp.where(moves, stored, x)
 
 
@@ -89,12 +89,16 @@ def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:
     steps each): rounding them all alike would miss the bound by per cents.
 
     Args:
-        y: vectors in float32, each of the norm `band.filled`.
+        y: vectors in float32, each of norm 1; they are scaled to `band.filled` first.
         band: its `inner` is what the norm after the steps may reach.
         axes: non-negative axes that make one vector.
         dtype: float16 of the array's library.
     """
     xp: Any = array_namespace(y)
+    most, inner = band.filled, band.inner
+    assert most is not None
+    assert inner is not None
+    y = y * most
     step, shape = 2.0**-24, y.shape
     rest = tuple(a for a in range(len(shape)) if a not in axes)
     y = xp.reshape(xp.permute_dims(y, (*rest, *axes)), (math.prod([shape[a] for a in rest]), -1))
@@ -103,10 +107,10 @@ def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:
     normal = xp.astype(xp.astype(size * (1 - 2.0**-11), dtype), y.dtype)
     low = xp.where(coarse, xp.floor(size / step) * step, normal)
     gain = xp.where(coarse, (2 * low + step) * step, xp.zeros_like(low))
-    left = band.inner * band.inner - tree_sum(low * low, (1,), xp)
+    left = inner * inner - tree_sum(low * low, (1,), xp)
     more = low + xp.where(coarse & (running_sum(gain, xp) <= left), step, 0.0)
     # `inner` allows for the rounding of the running sum, 2^-12 for a million entries; keep what is proven.
-    fits = root(tree_sum(more * more, (1,), xp), xp) <= band.filled
+    fits = root(tree_sum(more * more, (1,), xp), xp) <= most
     q = xp.astype(xp.where(y < 0, -1.0, 1.0) * xp.where(fits, more, low), dtype)
     q = xp.reshape(q, tuple(shape[a] for a in (*rest, *axes)))
     back = (*rest, *axes)

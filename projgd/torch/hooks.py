@@ -70,7 +70,7 @@ def project_after_step(
             _check(optimizer, chosen)  # before the step writes anything
             seen = now
             router.clear()
-        forget_written_tables(optimizer)
+        forget_written_tables()
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         skip = getattr(optimizer, "found_inf", None)

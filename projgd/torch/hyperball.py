@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, cast
 
@@ -12,15 +11,16 @@ from projgd.constraints import Sphere
 from projgd.torch.optimizers import Projected, as_list, projected
 from projgd.updates import RelativeUpdate
 
+_made: dict[type[Optimizer], type[Projected]] = {}
 
-@functools.cache
+
 def hyperball(cls: type[Optimizer]) -> type[Projected]:
     """Return the optimizer class `cls` as Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖ for every matrix.
 
     u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, scheduled as ever.
     In other words: `projected(cls)` with `constraint=Sphere("initial", axis="matrix")`, `update=RelativeUpdate()` and
-    no weight decay, whose work of holding the norm the sphere does. Biases and gains, and groups with `constraint=None`,
-    take the step of `cls` itself.
+    no weight decay, whose work of holding the norm the sphere does. Biases and gains, and groups with
+    `constraint=None`, take the step of `cls` itself.
 
     Args:
         cls: an optimizer class with an `lr`.
@@ -44,6 +44,12 @@ def hyperball(cls: type[Optimizer]) -> type[Projected]:
     References:
         Wen, Dang, Lyu, Ma, Liang, *Hyperball*, 2026, arXiv 2606.16899.
     """
+    if cls not in _made:
+        _made[cls] = _make(cls)
+    return _made[cls]
+
+
+def _make(cls: type[Optimizer]) -> type[Projected]:
     base: Any = projected(cls)
     takes = inspect.signature(cls).parameters
 

@@ -193,7 +193,7 @@ def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | Non
         return None
     if axis == tuple(range(1, places[0].param.ndim)):
         return own  # what "fan_in" says of any array: layers of all ranks in one group
-    return dataclasses.replace(own, axis=axis)  # type: ignore[type-var]
+    return own.replace(axis=axis)
 
 
 def _warn(

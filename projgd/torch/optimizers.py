@@ -140,7 +140,7 @@ class Projected(Optimizer):
         compiled = torch.compiler.is_compiling()
         may_step = not (args or kwargs or compiled) and routing.may_step(self.inner, self.param_groups)
         if not compiled:  # a compiled graph has no sparse gradients
-            forget_written_tables(self)
+            forget_written_tables()
         if not may_step:
             kept = metrics.before_step(self, self.inner)
             loss = self._run_inner(self, closure, *args, **kwargs)

@@ -73,7 +73,7 @@ def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
     if "axis" in given:
         settings["axis"] = given["axis"]
         if settings["constraint"] is not None:  # the constructor's set, with this group's axis
-            settings["constraint"] = _replaced(settings["constraint"], axis=given["axis"])
+            settings["constraint"] = settings["constraint"].replace(axis=given["axis"])
     if ("c" in given or "constraint" in given) and settings["c"] is None and settings["constraint"] is None:
         settings |= {"update": None, "gradient": None}  # a freed group is the inner optimizer's own
     settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
@@ -142,9 +142,9 @@ def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
                 settings |= {"update": None, "gradient": None}
         settings |= changed
     elif constraint is not None and "axis" in changed:
-        settings["constraint"] = _replaced(constraint, axis=changed["axis"])
+        settings["constraint"] = constraint.replace(axis=changed["axis"])
     if "constraint" not in changed and "c" in changed and _c_and_axis(constraint)[0] is not None:
-        settings["constraint"] = None if changed["c"] is None else _replaced(settings["constraint"], c=changed["c"])
+        settings["constraint"] = None if changed["c"] is None else settings["constraint"].replace(c=changed["c"])
     return settle(settings, {})
 
 
@@ -173,15 +173,6 @@ def _c_and_axis(constraint: Constraint | None) -> tuple[Any, Any]:
     return constraint.moving_c, "fan_in" if constraint.axis == "entries" else constraint.axis
 
 
-def _replaced(constraint: Any, **changed: Any) -> Constraint:
-    known = {field.name for field in dataclasses.fields(constraint)}
-    for k, value in changed.items():
-        if k not in known:
-            raise ValueError(f"{k}={value!r} has no meaning for {constraint}: leave it out")
-    replaced: Constraint = dataclasses.replace(constraint, **changed)
-    return replaced
-
-
 def _made(value: Any) -> Any:
     """A set or a shaping that lies in a group as its `config`, where a checkpoint was copied into it."""
     return from_config(dict(value)) if isinstance(value, Mapping) and "kind" in value else value
@@ -207,7 +198,7 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
     c = positive("c", c)
     if constraint.moving_c is None:
         raise ValueError(f"c={c} goes with MaxNorm, and {constraint} is in its group: set one of them to None")
-    return constraint if constraint.moving_c == c else _replaced(constraint, c=c)
+    return constraint if constraint.moving_c == c else constraint.replace(c=c)
 
 
 def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "the array") -> Vectors | None:

@@ -85,7 +85,10 @@ class Engine(ABC):
 
     @abstractmethod
     def refuses(self, job: Job, p: Tensor) -> str | None:
-        """Say in a sentence for the user why this engine cannot take `p`; None if it can, "" if it is for other cases."""
+        """Say in a sentence for the user why this engine cannot take `p`.
+
+        None if it can; an empty sentence where it is for other situations, of which the user need not hear.
+        """
 
     def prepare(self, job: Job, params: Sequence[Tensor]) -> Any:
         """Return what stays from step to step, for parameters that the engine does not refuse."""
@@ -109,7 +112,7 @@ class Engine(ABC):
 
 def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[Engine | None, dict[str, str]]:
     """Return the first engine that does not refuse `p`, and what those before it say."""
-    refusals = {}
+    refusals: dict[str, str] = {}
     for engine in engines:
         reason = engine.refuses(job, p)
         if reason is None:

@@ -129,10 +129,10 @@ def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, is_first: boo
     """Run torch.optim.SGD on a run of memory of tensor k."""
     p, g = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size)
     m = _view(table[MOMENT, k], start, size)
-    lr, momentum, undamped = np.float32(h.lr), np.float32(h.momentum), np.float32(h.undamped)
-    decay, sign, nesterov = np.float32(h.decay), np.float32(h.sign), h.nesterov != 0
-    if h.scale != 1:
-        _unscale(g, h.scale)
+    lr, momentum, undamped = np.float32(h[0]), np.float32(h[1]), np.float32(h[2])
+    decay, sign, nesterov, scale = np.float32(h[3]), np.float32(h[4]), h[5] != 0, h[6]
+    if scale != 1:
+        _unscale(g, scale)
     for i in range(p.size):
         w = p[i]
         d = sign * g[i]
@@ -151,14 +151,13 @@ def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any
     p, g = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size)
     m, v = _view(table[MOMENT, k], start, size), _view(table[SQUARE, k], start, size)
     x = _view(table[LARGEST, k], start, size)
-    beta2, eps, decay, sign = np.float32(h.beta2), np.float32(h.eps), np.float32(h.decay), np.float32(h.sign)
-    weight1, weight2 = np.float32(1 - h.beta1), np.float32(1 - h.beta2)
-    shrink = np.float32(1 - h.lr * h.decay)
-    decoupled, amsgrad = h.decoupled != 0, h.amsgrad != 0
+    weight1, weight2, beta2 = np.float32(1 - h[1]), np.float32(1 - h[2]), np.float32(h[2])
+    eps, decay, sign, shrink = np.float32(h[3]), np.float32(h[4]), np.float32(h[5]), np.float32(1 - h[0] * h[4])
+    decoupled, amsgrad, scale = h[6] != 0, h[7] != 0, h[8]
     rate, root = np.float32(-factors[k, 0]), np.float32(factors[k, 1])
     is_near, beyond = weight1 < np.float32(0.5), weight1 - np.float32(1)  # torch.lerp starts from the nearer end
-    if h.scale != 1:
-        _unscale(g, h.scale)
+    if scale != 1:
+        _unscale(g, scale)
     for i in range(p.size):
         w = p[i]
         d = sign * g[i]
@@ -188,8 +187,8 @@ def _count(h: Any, counters: Any, factors: Any) -> None:
         counter[0] += np.float32(1)
         if k == 0 or counter[0] != count:
             count = counter[0]
-            size = h.lr / (1 - h.beta1 ** np.float64(count))
-            root = math.sqrt(1 - h.beta2 ** np.float64(count))
+            size = h[0] / (1 - h[1] ** np.float64(count))
+            root = math.sqrt(1 - h[2] ** np.float64(count))
         factors[k, 0], factors[k, 1] = size, root
 
 

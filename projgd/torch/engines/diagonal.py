@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 
 from projgd import metrics
-from projgd.axes import Vectors
 from projgd.bands import Band
 from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory
 from projgd.torch.engines.eager import norms
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Entries worked on at a time: in a cache with the temporaries."""
+
+SMALLEST = 2.0**-50
+"""D from this to its inverse: no power that is summed here over- or underflows."""
+
+CLOSE = 2.0**-19
+"""Norms this near to 1 are scaled to it; what is left of the optimality condition is as small."""
 
 _norm = torch.linalg.vector_norm
 
@@ -76,35 +81,34 @@ def _project_rows(p: Tensor, rows: Tensor, band: Band, job: Job) -> None:
 def _solve(y: Tensor, d: Tensor, near: Tensor, band: Band) -> Tensor | None:
     """Return the rows nearest to y in the metric d whose norm is `band.down`; None where it needs the reference.
 
+    x(λ) = y D / (D + λ) has the moments m_k = Σ x² / (D + λ)^k. Newton's step on 1/‖x(λ)‖ = 1 is (‖x‖ - 1) m_0 / m_1;
+    one more term of the series makes a second step rare.
+
     Args:
         y: (rows, length), rows whose norms `near` are above the new one.
         d: the diagonal, of the shape of y.
         near: float64 norms of y.
         band: its `down` is the new norm.
     """
-    d = d.float() if d.dtype != torch.float32 else d
-    most = d.amax(1, keepdim=True)
-    if not (d.amin(1, keepdim=True) / most).amin().item() >= 2.0**-80:  # a NaN, too
+    least, most = d.aminmax()
+    if not (least.item() >= SMALLEST and most.item() <= 1 / SMALLEST):  # a NaN, too
         return None
-    d = d.div_(most)
-    x = y.float() / band.down
-    u = x * d
-    size = (near / band.down).float().unsqueeze(1)
-    close = 1 - band.high / band.down if band.high > band.down else 2.0**-20
-    nu, inverse, h = torch.zeros_like(size), torch.empty_like(u), x
-    torch.reciprocal(d, out=inverse)
+    d = d.float()
+    x = torch.div(y, band.down, out=torch.empty_like(d))
+    u, below = x * d, d
+    size, nu = (near / band.down).float().unsqueeze(1), torch.zeros(len(y), 1)
+    memory = torch.empty_like(x)
     for _ in range(metrics.STEPS):
-        slope = torch.linalg.vecdot(h, inverse.mul_(h)).unsqueeze(1)
-        step = (size - 1) * size.square() / slope
-        nu = nu + step.clamp_(min=0)
-        torch.add(d, nu, out=inverse).reciprocal_()
-        h = torch.mul(u, inverse, out=h if h is not x else None)
-        size = _norm(h, dim=1, keepdim=True)
-        if float((size - 1).abs().max()) <= abs(close):
-            break
-    stored = h.mul_(band.down / norms(h, (1,)).float()).to(y.dtype)
-    return stored
-
-
-def _vectors(rows: Tensor) -> Vectors:
-    return Vectors(tuple(rows.shape), (1,))
+        t = torch.div(x, below, out=memory)
+        first = torch.linalg.vecdot(t, x).unsqueeze(1)
+        second = _norm(t, dim=1, keepdim=True).square_()
+        square, excess = size.square(), size - 1
+        bend = 1.5 * excess * (square * second / first.square() - 1)
+        nu = nu + excess * square / first * (1 + torch.where(bend.abs() < 0.3, bend, 0.0))
+        below = torch.add(d, nu.clamp_(min=0), out=memory)
+        torch.div(u, below, out=x)
+        size = _norm(x, dim=1, keepdim=True)
+        if float((size - 1).abs().max()) <= CLOSE:
+            return x.mul_(band.down / norms(x, (1,)).float()).to(y.dtype)
+        below = memory.clone()
+    return None

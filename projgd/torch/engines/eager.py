@@ -210,7 +210,8 @@ def _arrays(job: Job, params: Sequence[Tensor]) -> list[_Array]:
             key = p.dtype, vectors.shape[1:], vectors.axes, p in job.radii
             small.setdefault(key, []).append((p, x))
         elif rows is not None:
-            pieces = x.as_strided(rows, (rows[1], 1)).split(max(1, PIECE // rows[1]) if p not in job.radii else rows[0])
+            height = max(1, PIECE // rows[1]) if p not in job.radii else rows[0]
+            pieces = torch.split(x.as_strided(rows, (rows[1], 1)), height)
             arrays += [_Array(piece, (1,), [p]) for piece in pieces]
         else:
             arrays.append(_Array(x, vectors.axes, [p]))
@@ -234,7 +235,9 @@ def _batch(job: Job, arrays: list[_Array]) -> _Batch:
     found = torch.empty(sum(counts), dtype=torch.float64, device="cpu")
     factors = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
     parts = [[x.view(s) for x, s in zip(m.split_with_sizes(counts), shapes, strict=True)] for m in (found, factors)]
-    return _Batch(arrays, vectors, _joined_band(job, arrays), found, factors, *parts, _sums(arrays, cuts, found))
+    return _Batch(
+        arrays, vectors, _joined_band(job, arrays), found, factors, parts[0], parts[1], _sums(arrays, cuts, found)
+    )
 
 
 def _sums(
@@ -314,7 +317,7 @@ def norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         found: Tensor = _norm(blocks, 2, 1, dtype=torch.float64)
         return found.view([1 if a in axes else n for a, n in enumerate(x.shape)])
     # Neighbours in memory are merged where both are summed or both are not.
-    order = sorted(range(x.ndim), key=lambda a: -x.stride(a))
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
     y, block = x.permute(order), BLOCK
     merged = [list(run) for _, run in itertools.groupby(order, key=lambda a: a in axes)]
     y = y.reshape([math.prod([x.shape[a] for a in run]) for run in merged])
@@ -323,7 +326,7 @@ def norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         n = y.shape[i]
         size = min(block, n)
         full = n - n % size
-        parts = _norm(y.narrow(i, 0, full).unflatten(i, (-1, size)), dim=i + 1)
+        parts = _norm(y.narrow(i, 0, full).reshape(*y.shape[:i], -1, size, *y.shape[i + 1 :]), dim=i + 1)
         rest = [_norm(y.narrow(i, full, n - full), dim=i, keepdim=True)] if full < n else []
         y, block = torch.cat([parts, *rest], dim=i) if rest else parts, max(1, block // size)
     found = _norm(y, dim=summed, keepdim=True, dtype=torch.float64)

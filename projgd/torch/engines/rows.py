@@ -12,7 +12,6 @@ from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from projgd.constraints import Constraint
@@ -48,56 +47,27 @@ class Rows(Engine):
             return "a vector does not lie in one row"
         return None
 
-    def prepare(self, job: Job, params: Sequence[Tensor]) -> Inside:
-        return inside_of(job.optimizer)
-
-    def run(self, prepared: Inside, job: Job, params: Sequence[Tensor]) -> None:
+    def run(self, prepared: None, job: Job, params: Sequence[Tensor]) -> None:
         for p in params:
-            moved = _moved_rows(p, job) if prepared.knows(p, job.constraint) else None
+            moved = _moved_rows(p, job) if _inside.get(p, (0, None))[1] == job.constraint else None
             if moved is None:
                 project_with(self._within, job, [p])
             else:
                 x = p.index_select(0, moved)
                 project_with(self._within, _for_rows(job, p, moved), [x])
                 p.index_copy_(0, moved, x)  # a row that is there twice is the same twice
-            prepared.note(p, job.constraint)
+            _inside[p] = (p._version, job.constraint)
 
 
-class Inside:
-    """Which tables of an optimizer are known to lie in their sets."""
-
-    def __init__(self) -> None:
-        self._known: MutableMapping[Tensor, tuple[int, Constraint | None]] = WeakIdKeyDictionary()
-
-    def note(self, p: Tensor, constraint: Constraint | None) -> None:
-        """Note that all of `p` lies in the set now."""
-        self._known[p] = (p._version, constraint)
-
-    def knows(self, p: Tensor, constraint: Constraint | None) -> bool:
-        """Whether all of `p`, but for the rows of its last step, lies in the set."""
-        return self._known.get(p, (0, None))[1] == constraint
-
-    def forget_written(self) -> None:
-        """Forget, before a step, the tables that somebody has written to since they were projected."""
-        for p, (version, _) in list(self._known.items()):
-            if p._version != version:
-                del self._known[p]
+_inside: MutableMapping[Tensor, tuple[int, Constraint | None]] = WeakIdKeyDictionary()
+"""The tables that lie in a set, and their versions then."""
 
 
-_inside: MutableMapping[Optimizer, Inside] = WeakIdKeyDictionary()
-
-
-def inside_of(optimizer: Optimizer) -> Inside:
-    """Return what is known of the tables of an optimizer."""
-    if optimizer not in _inside:
-        _inside[optimizer] = Inside()
-    return _inside[optimizer]
-
-
-def forget_written_tables(optimizer: Optimizer) -> None:
-    """Forget, before a step, what is no longer true of an optimizer's tables."""
-    if optimizer in _inside:
-        _inside[optimizer].forget_written()
+def forget_written_tables() -> None:
+    """Forget, before a step, the tables that somebody has written to since they were projected."""
+    for p, (version, _) in list(_inside.items()):
+        if p._version != version:
+            del _inside[p]
 
 
 def _moved_rows(p: Tensor, job: Job) -> Tensor | None:
