@@ -20,7 +20,8 @@ from benchmarks import record
 from benchmarks.timing import interleaved, ratio, summary
 from projgd import MaxNorm
 from projgd.optax import project
-from projgd.torch.project import project_params
+from projgd.torch.engines.base import Job
+from projgd.torch.engines.eager import Eager
 
 CASES = ((1, 64, 64), (200, 64, 64), (1, 512, 512), (1, 1024, 1024), (1, 2048, 4096), (1, 64, 262144))
 """How many arrays in one call, and their shape."""
@@ -48,7 +49,10 @@ def in_torch(start: np.ndarray, count: int) -> tuple[Mapping[str, Callable[[], o
         for w in ws:
             w.copy_(original)
 
-    return {"plain": plain, "projgd": lambda: project_params(ws, SET)}, again
+    engine = Eager()
+    job = Job(torch.optim.SGD(ws), torch.optim.SGD, {}, SET)
+    prepared = engine.prepare(job, ws)
+    return {"plain": plain, "projgd": lambda: engine.run(prepared, job, ws)}, again
 
 
 def in_jax(start: np.ndarray, count: int) -> tuple[Mapping[str, Callable[[], object]], Callable[[], object]]:

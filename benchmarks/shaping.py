@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from benchmarks.timing import interleaved, ratio, summary
-from benchmarks.torch_step import PLAIN, hiding
+from benchmarks.torch_step import PLAIN
 from benchmarks.workloads import WORKLOADS, shapes
 from projgd import RadialBrake, RelativeUpdate, Sphere, TangentUpdate
 from projgd.torch import hyperball, projected
@@ -34,7 +34,6 @@ def main() -> None:
     for optimizer in ways.values():
         optimizer.state = plain.state  # the same moments
     steps = {PLAIN: plain.step} | {name: optimizer.step for name, optimizer in ways.items()}
-    steps |= {f"{name}, no numba": hiding(["_machine"], steps[name]) for name in ways}
     taken = interleaved(steps, 30)
     print(f"{workload}, {torch.get_num_threads()} threads")
     for name, times in taken.items():
