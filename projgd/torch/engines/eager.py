@@ -31,7 +31,7 @@ from projgd.torch.engines import reference
 from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory, rows_of
 
 BLOCK = 64  # squares that may be added in any order
-PIECE = 2**21  # entries projected together: 8 MB, which stay in a cache between their norm and their product
+PIECE = 2**22  # entries projected together: 8 MB, which stay in a cache between their norm and their product
 SMALL = 2**16  # entries; beyond, copying a parameter onto a stack costs more than the calls that it saves
 NEAR, FAR = 2.0**-40, 2.0**64  # norms whose squares, in blocks, neither underflow nor overflow in float32
 _norm = torch.linalg.vector_norm
