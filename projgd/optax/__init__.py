@@ -1,7 +1,7 @@
 """Projections, and shapings of the update before them, as optax gradient transformations."""
 
 from projgd.optax.adaptive import ProjectedState, projected
-from projgd.optax.last import check_last
+from projgd.optax.check import check_last
 from projgd.optax.projection import ProjectionState, apply_updates, maxnorm_projection, project, projection
 from projgd.optax.shaping import ShapingState, hyperball, max_update, radial_brake, relative_update, tangent_update
 

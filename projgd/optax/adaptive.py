@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from projgd import metrics
-from projgd.optax.landing import add, as_stored, rounded
 from projgd.optax.layouts import absent
-from projgd.optax.placement import Constraints, Placed, place
-from projgd.optax.projection import ProjectionState, _difference, bound, projection, zip_leaves
+from projgd.optax.projection import ProjectionState, bind, map_leaves, projection
+from projgd.optax.tree import Constraints, LeafConstraint, resolve
+from projgd.optax.xla import add, as_stored, difference, rounded
 
 Diagonal = Callable[[Any, Any], Any]
 """`(state after the step, parameters) -> D`, a tree like the parameters: for an optimizer that is not known here."""
@@ -112,56 +112,50 @@ def projected(
     def init(params: Any) -> ProjectedState:
         state = inner.init(params)
         projecting = last.init(params)
-        placed = place(at(projecting.count), params)
-        for asked in placed:
-            if asked:
-                asked.constraint.check_metric("adaptive")
+        constraints = resolve(at(projecting.count), params)
+        for leaf in constraints:
+            if leaf:
+                leaf.constraint.check_metric("adaptive")
         if not callable(metric):
-            _check_found(state, params, placed)
+            _check_found(state, params, constraints)
         return ProjectedState(state, projecting)
 
     def update(updates: Any, state: ProjectedState, params: Any = None, **extra: Any) -> tuple[Any, ProjectedState]:
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
         moved, after = inner.update(updates, state.inner, params, **extra)
-        projecting = state.projection
-        placed = bound(place(at(projecting.count), params), params, projecting)
+        constraints = bind(resolve(at(state.projection.count), params), params, state.projection)
+        euclidean, projecting = last.update(moved, state.projection, params)
         outside = []
-
-        def look(u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
-            u = as_stored(u)
-            landing = add(p, u).reshape(asked.vectors.shape)
-            plain = asked.constraint.onto(landing, asked.vectors.axes, jnp)
-            outside.append(jnp.any((plain != landing) & ~jnp.isnan(landing)))
-            return u.astype(jnp.promote_types(u.dtype, p.dtype))
 
         def in_metric() -> Any:
             tree = (
                 metric(after, params) if callable(metric) else _ask(inner, state.inner, after, updates, params, extra)
             )
-            found = zip(placed, jax.tree.leaves(tree, is_leaf=absent), strict=True)
-            of = {asked.name: d for asked, d in found if asked}
-            return zip_leaves(lambda u, p, asked: _project_update(u, p, asked, of[asked.name]), moved, params, placed)
+            found = zip(constraints, jax.tree.leaves(tree, is_leaf=absent), strict=True)
+            of = {leaf.name: d for leaf, d in found if leaf}
+            project = lambda u, p, leaf: _project_update(u, p, leaf, of[leaf.name])  # noqa: E731
+            return map_leaves(project, moved, params, constraints)
 
-        free = zip_leaves(look, moved, params, placed)
+        trees = (jax.tree.leaves(tree, is_leaf=absent) for tree in (moved, params, euclidean))
+        for u, p, projected, leaf in zip(*trees, constraints, strict=True):
+            if leaf and not absent(u):
+                point = add(p, as_stored(u))
+                outside.append(jnp.any((add(p, projected) != point) & ~jnp.isnan(point)))
         if outside:  # what the Euclidean projection leaves alone is in the set, in whatever metric
-            free = jax.lax.cond(jnp.any(jnp.stack(outside)), in_metric, lambda: free)
-        projecting = projecting._replace(count=optax.safe_increment(projecting.count))
-        return free, ProjectedState(after, projecting)
+            euclidean = jax.lax.cond(jnp.any(jnp.stack(outside)), in_metric, lambda: euclidean)
+        return euclidean, ProjectedState(after, projecting)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _project_update(u: jax.Array, p: jax.Array, asked: Placed, metric: jax.Array) -> jax.Array:
+def _project_update(u: jax.Array, p: jax.Array, leaf: LeafConstraint, metric: jax.Array) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u in the metric."""
-    shape, axes = asked.vectors.shape, asked.vectors.axes
-    u = as_stored(u)
-    landing = add(p, u)
+    shape, axes = leaf.vectors.shape, leaf.vectors.axes
+    point = add(p, as_stored(u))
     d = jnp.broadcast_to(metric, p.shape).reshape(shape)
-    q = asked.constraint.onto_in(d, landing.reshape(shape), axes, jnp, _loop)
-    q = rounded(q.reshape(p.shape))
-    u = u.astype(jnp.promote_types(u.dtype, p.dtype))
-    return _difference(q, p, u.dtype)
+    q = leaf.constraint.onto_in(d, point.reshape(shape), axes, jnp, _loop)
+    return difference(rounded(q.reshape(p.shape)), p, jnp.promote_types(u.dtype, p.dtype))
 
 
 def _loop(body: Callable[[Any], tuple[Any, Any]], start: Any) -> Any:
@@ -240,9 +234,9 @@ def _nodes(state: Any) -> list[Any]:
     return found + [inner for node in found for field in node for inner in _nodes(field)]
 
 
-def _check_found(state: Any, params: Any, placed: list[Placed | None]) -> None:
+def _check_found(state: Any, params: Any, constraints: list[LeafConstraint | None]) -> None:
     structure: Any = jax.tree.structure(params, is_leaf=absent)
-    found = [False] * len(placed)
+    found = [False] * len(constraints)
     nodes = _nodes(state)
     for node in nodes:
         for name in RECIPES[type(node).__name__].restored:
@@ -250,7 +244,7 @@ def _check_found(state: Any, params: Any, placed: list[Placed | None]) -> None:
             if jax.tree.structure(moment, is_leaf=absent) == structure:
                 leaves = jax.tree.leaves(moment, is_leaf=absent)
                 found = [seen or not absent(leaf) for seen, leaf in zip(found, leaves, strict=True)]
-    missing = [asked.name for asked, seen in zip(placed, found, strict=True) if asked and not seen]
+    missing = [leaf.name for leaf, seen in zip(constraints, found, strict=True) if leaf and not seen]
     if missing:
         has = ", ".join(dict.fromkeys(type(node).__name__ for node in nodes)) or "no second moment that is known here"
         raise ValueError(

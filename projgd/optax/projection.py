@@ -13,9 +13,9 @@ import optax
 
 from projgd.axes import Axis, Split
 from projgd.constraints import MaxNorm, positive
-from projgd.optax.landing import Turns, add, as_stored, land, rounded
 from projgd.optax.layouts import absent
-from projgd.optax.placement import Constraints, Placed, SplitOver, check, place
+from projgd.optax.tree import Constraints, LeafConstraint, SplitOver, check, resolve
+from projgd.optax.xla import Turns, add, as_stored, difference, project_leaf, rounded
 
 
 class ProjectionState(NamedTuple):
@@ -90,9 +90,9 @@ def projection(
 
     def init(params: Any) -> ProjectionState:
         count = jnp.zeros((), jnp.int32)
-        placed = place(at(count), params, split_over)
-        leaves = jax.tree.leaves(params, is_leaf=absent)
-        initial = [asked and _initial(p, asked) for p, asked in zip(leaves, placed, strict=True)]
+        constraints = resolve(at(count), params, split_over)
+        arrays = jax.tree.leaves(params, is_leaf=absent)
+        initial = [leaf and _initial(p, leaf) for p, leaf in zip(arrays, constraints, strict=True)]
         taken = any(i is not None for i in initial)
         return ProjectionState(count, _structure(params).unflatten(initial) if taken else None)
 
@@ -100,8 +100,8 @@ def projection(
         del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        placed = bound(place(at(state.count), params, split_over), params, state)
-        projected = zip_leaves(partial(_project_update, Turns()), updates, params, placed)
+        constraints = bind(resolve(at(state.count), params, split_over), params, state)
+        projected = map_leaves(partial(_project_update, Turns()), updates, params, constraints)
         return projected, ProjectionState(optax.safe_increment(state.count), state.initial)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -134,12 +134,8 @@ def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over
     _check_structure(updates, params)
     moved = jax.tree.map(lambda p, u: p if absent(p) or absent(u) else add(p, u), params, updates, is_leaf=absent)
     still = [absent(u) for u in jax.tree.leaves(updates, is_leaf=absent)]
-    placed = place(constraint, params, split_over)
-    return _land_all(moved, [None if s else asked for s, asked in zip(still, placed, strict=True)], _onto)
-
-
-def _onto(q: jax.Array, asked: Placed) -> jax.Array:
-    return land(q, asked)[0]
+    constraints = resolve(constraint, params, split_over)
+    return _project_all(moved, [None if s else leaf for s, leaf in zip(still, constraints, strict=True)], moved=True)
 
 
 def project(params: Any, constraint: Constraints) -> Any:
@@ -152,53 +148,50 @@ def project(params: Any, constraint: Constraints) -> Any:
            [0.8]], dtype=float32)
     """
 
-    def onto(p: jax.Array, asked: Placed) -> jax.Array:
-        q: jax.Array = asked.constraint.onto(p.reshape(asked.vectors.shape), asked.vectors.axes, jnp)
-        return q.reshape(p.shape)
-
-    return _land_all(params, place(constraint, params), onto)
+    return _project_all(params, resolve(constraint, params), moved=False)
 
 
-def _land_all(params: Any, placed: list[Placed | None], f: Callable[[jax.Array, Placed], jax.Array]) -> Any:
-    asked_of = _structure(params).unflatten(placed)
-    return jax.tree.map(lambda p, asked: f(p, asked) if asked else p, params, asked_of, is_leaf=absent)
+def _project_all(params: Any, constraints: list[LeafConstraint | None], moved: bool) -> Any:
+    of_leaf = _structure(params).unflatten(constraints)
+
+    def one(p: Any, leaf: LeafConstraint | None) -> Any:
+        return project_leaf(jnp.asarray(p), leaf, moved=moved).x if leaf else p
+
+    return jax.tree.map(one, params, of_leaf, is_leaf=absent)
 
 
-def _initial(p: Any, asked: Placed) -> jax.Array | None:
-    x = jnp.asarray(p).reshape(asked.vectors.shape)
-    return asked.constraint.initial(x, asked.vectors.axes, asked.name, jnp)
+def _initial(p: Any, leaf: LeafConstraint) -> jax.Array | None:
+    x = jnp.asarray(p).reshape(leaf.vectors.shape)
+    return leaf.constraint.initial(x, leaf.vectors.axes, leaf.name, jnp)
 
 
-def bound(placed: list[Placed | None], params: Any, state: ProjectionState) -> list[Placed | None]:
-    """`placed`, with what the sets took from the initial weights."""
+def bind(constraints: list[LeafConstraint | None], params: Any, state: ProjectionState) -> list[LeafConstraint | None]:
+    """Return the constraints with what their sets took from the initial weights."""
     if state.initial is None:
-        return placed
+        return constraints
     initial = _structure(params).flatten_up_to(state.initial)
-    return [_bound(asked, i) for asked, i in zip(placed, initial, strict=True)]
+    return [
+        leaf if leaf is None or i is None else dataclasses.replace(leaf, constraint=leaf.constraint.bind(i))
+        for leaf, i in zip(constraints, initial, strict=True)
+    ]
 
 
-def _bound(asked: Placed | None, initial: jax.Array | None) -> Placed | None:
-    if asked is None or initial is None:
-        return asked
-    return dataclasses.replace(asked, constraint=asked.constraint.bind(initial))
-
-
-def zip_leaves(f: Callable[[Any, Any, Any], Any], updates: Any, params: Any, placed: Sequence[Any]) -> Any:
-    """`updates` with f(update, parameter, what is asked of it) where something is asked.
+def map_leaves(f: Callable[[Any, Any, Any], Any], updates: Any, params: Any, leaves: Sequence[Any]) -> Any:
+    """Return `updates` with f(update, parameter, leaf) for the leaves that are not None.
 
     Raises:
         ValueError: updates of another structure or shape than the parameters.
     """
 
-    def one(u: Any, p: Any, asked: Any) -> Any:
-        if asked is None or absent(u) or absent(p):
+    def one(u: Any, p: Any, leaf: Any) -> Any:
+        if leaf is None or absent(u) or absent(p):
             return u
         if jnp.shape(u) != jnp.shape(p):
-            raise ValueError(f"{asked.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
-        return f(u, p, asked)
+            raise ValueError(f"{leaf.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
+        return f(u, p, leaf)
 
     _check_structure(updates, params)
-    return jax.tree.map(one, updates, params, _structure(params).unflatten(placed), is_leaf=absent)
+    return jax.tree.map(one, updates, params, _structure(params).unflatten(leaves), is_leaf=absent)
 
 
 def _check_structure(updates: Any, params: Any) -> None:
@@ -217,29 +210,7 @@ def _is_axis(axis: Any) -> bool:
     return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
 
 
-def _project_update(turns: Turns, u: jax.Array, p: jax.Array, asked: Placed) -> jax.Array:
+def _project_update(turns: Turns, u: jax.Array, p: jax.Array, leaf: LeafConstraint) -> jax.Array:
     """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
-    return _difference(rounded(turns.land(add(p, as_stored(u)), asked)), p, jnp.promote_types(u.dtype, p.dtype))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
-    """d with |p + d| ≤ |q| entry by entry, and p + d = q wherever some d of `dtype` gives that.
-
-    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough. Made of q and p alone, for
-    XLA to hold no other copy.
-    """
-    wide = q.astype(dtype)
-    d = rounded(jnp.where(q == p, jnp.copysign(jnp.zeros_like(wide), wide), wide - p.astype(dtype)))  # inf and -0 stay
-    reached = add(p, d)
-    size = 8 * d.dtype.itemsize
-    bits, reached_bits = (jax.lax.bitcast_convert_type(x.astype(dtype), f"int{size}") for x in (d, reached))
-    away = ((bits ^ reached_bits) >> (size - 1)) | 1  # the step of d that makes |reached| larger: -1 if signs differ
-    step = jnp.where(jnp.abs(reached) > jnp.abs(q), -away, away)
-    next_d = jax.lax.bitcast_convert_type(bits + step, d.dtype)
-    return jnp.where((reached != q) & (jnp.abs(add(p, next_d)) <= jnp.abs(q)), next_d, d)
-
-
-@_difference.defjvp
-def _derivative(dtype: Any, at: tuple[Any, Any], along: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    return _difference(*at, dtype), along[0].astype(dtype) - along[1].astype(dtype)
+    q = rounded(turns.project(add(p, as_stored(u)), leaf))
+    return difference(q, p, jnp.promote_types(u.dtype, p.dtype))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,8 @@ import optax
 from projgd.axes import Axis, Vectors
 from projgd.constraints import Sphere, norms_of
 from projgd.optax.layouts import absent, leaves
-from projgd.optax.placement import vectors_of
-from projgd.optax.projection import projection, zip_leaves
+from projgd.optax.projection import map_leaves, projection
+from projgd.optax.tree import LeafConstraint, vectors_of
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 
@@ -57,7 +56,7 @@ def relative_update(
     return _shaping(RelativeUpdate(axis), rate, lambda u, lr: u * jnp.asarray(sign * lr, u.dtype), sign)
 
 
-def tangent_update(axis: Axis = "fan_in") -> optax.GradientTransformationExtraArgs:
+def tangent_update(axis: Axis = "matrix") -> optax.GradientTransformationExtraArgs:
     """Remove from every vector of the update what is parallel to the weights: `TangentUpdate`.
 
     First in a chain, before the inner optimizer, it makes the gradients tangent, as sparse autoencoders do:
@@ -129,12 +128,6 @@ def hyperball(
     return optax.GradientTransformationExtraArgs(init, chained.update)
 
 
-@dataclass(frozen=True)
-class _Place:
-    name: str
-    vectors: Vectors
-
-
 def _shaping(
     shaping: Update,
     rate: Callable[[jax.Array], Any] = lambda count: 1.0,
@@ -144,10 +137,11 @@ def _shaping(
     """Shape where `shaping` finds vectors, and do `elsewhere(update, lr)` where it finds none."""
 
     def init(params: Any) -> ShapingState:
-        for leaf, place in zip(leaves(params), _places(shaping, params), strict=True):
-            if leaf is not None and place is not None and shaping.needs_norm:
-                x = jnp.asarray(leaf.array).reshape(place.vectors.shape)
-                norms_of(x, place.vectors.axes, place.name, f"{shaping} needs one", jnp)
+        arrays = jax.tree.leaves(params, is_leaf=absent)
+        for array, leaf in zip(arrays, _resolve(shaping, params), strict=True):
+            if leaf is not None and shaping.needs_norm:
+                x = jnp.asarray(array).reshape(leaf.vectors.shape)
+                norms_of(x, leaf.vectors.axes, leaf.name, f"{shaping} needs one", jnp)
         return ShapingState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: ShapingState, params: Any = None, **extra: Any) -> tuple[Any, ShapingState]:
@@ -156,24 +150,24 @@ def _shaping(
             raise ValueError("a shaping needs the parameters: call tx.update(grads, state, params)")
         lr = rate(state.count)
 
-        def shape(u: Any, p: Any, place: _Place) -> Any:
-            shape, axes = place.vectors.shape, place.vectors.axes
+        def shape(u: Any, p: Any, leaf: LeafConstraint) -> Any:
+            shape, axes = leaf.vectors.shape, leaf.vectors.axes
             return shaping.shape(sign * u.reshape(shape), p.reshape(shape), lr, axes, jnp).reshape(p.shape)
 
-        places = _places(shaping, params)
-        free = [None if place else _Place("", Vectors((), ())) for place in places]
-        shaped = zip_leaves(shape, updates, params, places)
-        shaped = zip_leaves(lambda u, p, place: elsewhere(u, lr), shaped, params, free)
+        found = _resolve(shaping, params)
+        free = [None if leaf else LeafConstraint("", shaping, Vectors((), ())) for leaf in found]
+        shaped = map_leaves(shape, updates, params, found)
+        shaped = map_leaves(lambda u, p, leaf: elsewhere(u, lr), shaped, params, free)
         return shaped, ShapingState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _places(shaping: Update, params: Any) -> list[_Place | None]:
+def _resolve(shaping: Update, params: Any) -> list[LeafConstraint | None]:
     found = []
     for leaf in leaves(params):
         vectors = None if leaf is None else vectors_of(leaf, shaping)
-        found.append(_Place(leaf.name, vectors) if leaf is not None and vectors else None)
+        found.append(LeafConstraint(leaf.name, shaping, vectors) if leaf is not None and vectors else None)
     return found
 
 
@@ -185,5 +179,5 @@ def _decayed(inner: optax.GradientTransformation, params: Any, axis: Axis) -> li
         )
         updates, _ = inner.update(jax.tree.map(jnp.zeros_like, small), inner.init(small), small)
         moved = [not absent(u) and bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates, is_leaf=absent)]
-    places = _places(RelativeUpdate(axis), params)
-    return [place.name for place, m in zip(places, moved, strict=True) if place and m]
+    found = _resolve(RelativeUpdate(axis), params)
+    return [leaf.name for leaf, m in zip(found, moved, strict=True) if leaf and m]

@@ -11,8 +11,8 @@ import optax
 from optax import contrib
 
 from projgd.optax.layouts import absent
-from projgd.optax.placement import Constraints, place
 from projgd.optax.projection import ProjectionState, project
+from projgd.optax.tree import Constraints, resolve
 
 
 def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3) -> None:
@@ -40,7 +40,7 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     Traceback (most recent call last):
     ValueError: kernel is outside ...
     """
-    placed = place(constraint, params)
+    constraints = resolve(constraint, params)
     outwards = jax.tree.map(
         lambda p: p if absent(p) else jnp.where(p < 0, -1, 1).astype(p.dtype), params, is_leaf=absent
     )
@@ -56,15 +56,15 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     for step in range(steps):
         updates, state = tx.update(pressing, state, weights)
         weights = optax.apply_updates(weights, updates)
-        for asked, w in zip(placed, jax.tree.leaves(weights, is_leaf=absent), strict=True):
-            if asked is None:
+        for leaf, w in zip(constraints, jax.tree.leaves(weights, is_leaf=absent), strict=True):
+            if leaf is None:
                 continue
-            x = w.reshape(asked.vectors.shape)
-            moved = asked.constraint.onto(x, asked.vectors.axes, jnp)
+            x = w.reshape(leaf.vectors.shape)
+            moved = leaf.constraint.onto(x, leaf.vectors.axes, jnp)
             if not np.array_equal(moved, x, equal_nan=True):
-                far = float(jnp.max(asked.constraint.outside(x, asked.vectors.axes, jnp)))
+                far = float(jnp.max(leaf.constraint.outside(x, leaf.vectors.axes, jnp)))
                 raise ValueError(
-                    f"{asked.name} is outside {asked.constraint} by {far:.2g} after step {step + 1}: put the "
+                    f"{leaf.name} is outside {leaf.constraint} by {far:.2g} after step {step + 1}: put the "
                     "projection last in the chain, outside of wrappers that change its update"
                 )
 

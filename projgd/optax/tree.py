@@ -1,4 +1,4 @@
-"""What is asked of each parameter: one constraint for all, rules over names, or a tree of constraints."""
+"""The constraint of each parameter: one for all, rules over names, or a tree of constraints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 
-from projgd import axes, projections, rules
+from projgd import axes, rules
 from projgd.axes import Vectors
-from projgd.constraints import Constraint, MaxNorm
+from projgd.constraints import Constraint
 from projgd.optax.layouts import Leaf, absent, leaves
+from projgd.sums import float_type
 from projgd.updates import Update
 
 Constraints = Constraint | rules.Rules | Any
@@ -21,13 +22,20 @@ the parameters or of their upper part."""
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A constraint, and the vectors that it means in one parameter."""
+class LeafConstraint:
+    """A constraint, or a shaping of updates, resolved for one parameter.
+
+    Attributes:
+        name: of the parameter, keys joined by "/".
+        constraint: the set, or the shaping.
+        vectors: the vectors that it is about in this parameter.
+        over: the mesh axes that the vectors are split over, inside `jax.shard_map`.
+    """
 
     name: str
-    constraint: Constraint
+    constraint: Any
     vectors: Vectors
-    over: tuple[str, ...] = ()  # the mesh axes that the vectors are split over, inside shard_map
+    over: tuple[str, ...] = ()
 
 
 SplitOver = Mapping[str, str | tuple[str, ...]]
@@ -46,8 +54,8 @@ def check(constraints: Constraints) -> None:
             )
 
 
-def place(constraints: Constraints, params: Any, split_over: SplitOver | None = None) -> list[Placed | None]:
-    """What is asked of every leaf of `params`, in JAX's order; None where it is free.
+def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None = None) -> list[LeafConstraint | None]:
+    """Return the constraint of every leaf of `params`, in JAX's order; None where it is free.
 
     A mapping from strings to constraints is read as rules, unless its keys are just those at the top of `params`.
 
@@ -59,51 +67,51 @@ def place(constraints: Constraints, params: Any, split_over: SplitOver | None = 
     >>> import jax.numpy as jnp
     >>> from projgd import MaxNorm
     >>> params = {"Dense_0": {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}}
-    >>> [placed and placed.vectors for placed in place({"*": MaxNorm(4.0)}, params)]
+    >>> [leaf and leaf.vectors for leaf in resolve({"*": MaxNorm(4.0)}, params)]
     [None, Vectors(shape=(4, 2), axes=(0,))]
     """
     check(constraints)
     found = leaves(params)
     if _is_rules(constraints, params):
         names = [leaf.name for leaf in found if leaf]
-        wanted = rules.assign(constraints, names)
-        asked = [wanted[leaf.name] if leaf else None for leaf in found]
+        chosen = rules.assign(constraints, names)
+        each = [chosen[leaf.name] if leaf else None for leaf in found]
     else:
-        asked = _spread(constraints, params)
+        each = _spread(constraints, params)
     if isinstance(constraints, Constraint) and found and found[0] and not found[0].name:
         _refuse_flat(constraints, found[0])
     over = rules.first_match(split_over or {}, [leaf.name for leaf in found if leaf])
-    placed = [_placed(leaf, constraint, over) for leaf, constraint in zip(found, asked, strict=True)]
+    resolved = [_resolve(leaf, constraint, over) for leaf, constraint in zip(found, each, strict=True)]
     if _is_rules(constraints, params):
-        rules.refuse_idle(constraints, {leaf.name: bool(p) for leaf, p in zip(found, placed, strict=True) if leaf})
-    return placed
+        rules.refuse_idle(constraints, {leaf.name: bool(r) for leaf, r in zip(found, resolved, strict=True) if leaf})
+    return resolved
 
 
-def _placed(leaf: Leaf | None, constraint: Constraint | None, over: Mapping[str, Any]) -> Placed | None:
+def _resolve(leaf: Leaf | None, constraint: Constraint | None, over: Mapping[str, Any]) -> LeafConstraint | None:
     vectors = vectors_of(leaf, constraint) if leaf and constraint else None
     if leaf is None or constraint is None or vectors is None:
         return None
     mesh_axes = over[leaf.name] or ()
     split = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
     if not split or not vectors.axes:  # entries on their own need no other device
-        return Placed(leaf.name, constraint, vectors)
-    if type(constraint) is not MaxNorm or vectors.shape != jnp.shape(leaf.array):
+        return LeafConstraint(leaf.name, constraint, vectors)
+    if constraint.takes_initial or vectors.shape != jnp.shape(leaf.array):
         raise ValueError(
-            f"{leaf.name}: {constraint} cannot be split over the mesh axes {split} of a shard_map, only a MaxNorm "
-            "whose axis is no Split. With jit and NamedSharding any set can, without split_over"
+            f"{leaf.name}: {constraint} cannot be split over the mesh axes {split} of a shard_map, only a set of norms "
+            "that are known at the start, and no Split axis. With jit and NamedSharding any set can, without split_over"
         )
-    return Placed(leaf.name, constraint, vectors, split)
+    return LeafConstraint(leaf.name, constraint, vectors, split)
 
 
-def vectors_of(leaf: Leaf, asked: Constraint | Update) -> Vectors | None:
-    """The vectors that a constraint or a shaping means in a parameter; None where it has none."""
+def vectors_of(leaf: Leaf, constraint: Constraint | Update) -> Vectors | None:
+    """Return the vectors that a constraint or a shaping is about in a parameter; None where it has none."""
     shape = tuple(jnp.shape(leaf.array))
-    if getattr(asked, "axis", None) == "fan_in":
+    if constraint.axis == "fan_in":
         vectors = axes.resolve(leaf.fan_in, shape, "out_last", leaf.name) if leaf.fan_in else None
     else:
-        vectors = asked.resolve(shape, "out_last", leaf.name)
+        vectors = constraint.resolve(shape, "out_last", leaf.name)
     if vectors:
-        projections.float_type(jnp.asarray(leaf.array), leaf.name)
+        float_type(jnp.asarray(leaf.array), leaf.name)
     return vectors
 
 
@@ -130,7 +138,7 @@ def _is_none(node: Any) -> bool:
 
 
 def _refuse_flat(constraint: Constraint, leaf: Leaf) -> None:
-    if getattr(constraint, "axis", None) == "fan_in" and len(jnp.shape(leaf.array)) == 1:
+    if constraint.axis == "fan_in" and len(jnp.shape(leaf.array)) == 1:
         raise ValueError(
             f"the parameters are one bare array of shape {jnp.shape(leaf.array)}, which has no fan-in. Inside "
             "optax.flatten a projection cannot see the neurons: chain(flatten(inner), projection(...)) does; "
