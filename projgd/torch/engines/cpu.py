@@ -1,14 +1,264 @@
-"""STUB: a colleague is writing this file; overwrite it."""
+"""SGD, Adam and AdamW with the projection on a CPU: one numba kernel for all tensors of a group.
 
-from projgd.torch.engines.base import Engine
+This file says what the kernel takes, and collects what it reads. The kernel is in `cpu_kernel`, which is imported at
+the first step, because importing numba takes half a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW
+
+from projgd import metrics
+from projgd.axes import Vectors
+from projgd.bands import Band
+from projgd.constraints import Constraint
+from projgd.torch.engines.base import PLAIN, Engine, Job, is_alike, rows_in_memory
+from projgd.torch.metrics import OfStep
+
+if TYPE_CHECKING:
+    from projgd.torch.engines import cpu_kernel
+
+_address, _stride = Tensor.data_ptr, Tensor.stride  # for `map`: with many small tensors, Python is what takes time
 
 
 class Cpu(Engine):
+    """Update and project on a CPU in one call."""
+
     name = "cpu"
     steps = True
 
-    def refuses(self, job, p):
-        return "not there yet"
+    def refuses(self, job: Job, p: Tensor) -> str | None:
+        return next((reason for is_refused, reason in _reasons(job, p) if is_refused), None)
 
-    def run(self, prepared, job, params):
-        raise AssertionError
+    def prepare(self, job: Job, params: Sequence[Tensor]) -> _Prepared:
+        from projgd.torch.engines.cpu_kernel import Tables
+
+        names = _state_names(job)
+        states = [job.optimizer.state[p] for p in params] if names else []
+        starts = [job.inner is SGD and state.get("momentum_buffer") is None for state in states]
+        for p, state in zip(params, states, strict=False):
+            _add_missing(state, p, names)
+        read = {name: [state[name] for state in states] for name in names}
+        addresses = [list(map(_address, params))] * 2 + [list(map(_address, read[k])) for k in names if k != "step"]
+        layout = _lay_out(job, params)
+        tables = Tables(
+            addresses + addresses[-1:] * (5 - len(addresses)),
+            list(map(_address, read.get("step", []))),
+            layout.tensors,
+            layout.bands,
+        )
+        starting = [k for k, is_first in enumerate(starts) if is_first]
+        return _Prepared(tables, layout.sources, job.constraint, starting, [read, *job.radii.values()])
+
+    def run(self, prepared: _Prepared, job: Job, params: Sequence[Tensor]) -> None:
+        if job.skip is not None and job.skip.item() > 0:
+            for k in prepared.starting:
+                job.optimizer.state[params[k]].pop("momentum_buffer", None)  # it holds no momentum yet
+            return
+        if job.constraint is not prepared.constraint:
+            prepared.write_bands(job)
+        grads: list[Any] = [p.grad for p in params]
+        scale = getattr(job.optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else float(scale)
+        unsettled = prepared.step(list(map(_address, grads)), job, scale)
+        torch.autograd.graph.increment_version(params if scale == 1 else [*params, *grads])
+        for k in unsettled:
+            _project_in_metric(params[k], job)
+
+    def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
+        """Return where parameters and states lie, and the strides of parameters and gradients.
+
+        None where a state or a gradient is missing, or a gradient is sparse.
+        """
+        names = _state_names(job)
+        grads: list[Any] = [p.grad for p in params]
+        try:
+            found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
+            if names:
+                states: list[Any] = list(map(job.optimizer.state.get, params))
+                found += [list(map(_address, map(itemgetter(name), states))) for name in names]
+        except (KeyError, TypeError, RuntimeError):
+            return None
+        return names, list(map(id, job.radii.values())), found
+
+
+def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
+    """Yield what may keep the engine from taking a parameter, each with a sentence for the user."""
+    group = job.group
+    yield p.device.type != "cpu", ""
+    yield not group.get("fused"), "fused=True was not passed"
+    yield job.compiled, "torch.compile makes a graph of its own"
+    yield job.inner not in (SGD, Adam, AdamW), f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
+    yield any(group[k] is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
+    yield any(group.get(k) for k in ("capturable", "differentiable")), "no graph can record its step"
+    known = job.metric is None or (isinstance(job.metric, OfStep) and job.metric.diagonal.entrywise)
+    yield not known, "it knows no other metric than √v + ε"
+    yield not _is_installed(), 'numba is not installed: pip install "projgd[fast]"'
+    yield _forked, "this process was forked from one in which numba's threads had been at work"
+    yield type(p) not in PLAIN, f"the parameter is a {type(p).__name__}"
+    yield p.dtype != torch.float32, f"it takes float32, not {str(p.dtype).removeprefix('torch.')}"
+    yield not is_alike(p, p), "the parameter is not a dense tensor"
+    vectors = job.vectors(p)
+    yield rows_in_memory(p, vectors) is None, "the vectors do not lie in memory one after the other"
+    band = job.band(p, vectors)
+    yield vectors is not None and band is None, f"{job.constraint} is not a set of norms"
+    if band is not None and job.metric is not None:
+        is_ball = band.pull == 1 and not isinstance(band.low, Tensor) and band.low <= 0
+        yield not is_ball, f"in a metric it projects onto a ball, not onto {job.constraint}"
+    yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
+    yield from _reasons_of_state(job, p)
+
+
+def _reasons_of_state(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
+    state, names = job.optimizer.state.get(p, {}), _state_names(job)
+    found = {k: state[k] for k in names if state.get(k) is not None}
+    yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
+    count = found.pop("step", None)
+    is_usual = count is None or (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
+    yield not is_usual, "the step count is not a float32 number on the CPU, as that of fused=True is"
+    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in ("numba", "numpy"))
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    """In the child of a fork, note that threads that numba started are not there: waiting for them would never end."""
+    global _forked
+    numba: Any = sys.modules.get("numba")
+    with contextlib.suppress(ValueError):  # raised where no threads were started
+        _forked = _forked or (numba is not None and bool(numba.threading_layer()))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _state_names(job: Job) -> list[str]:
+    """Return the names of the states in the order in which the kernel reads them, Adam's step count first."""
+    if job.inner is SGD:
+        return ["momentum_buffer"] if job.group["momentum"] != 0 else []
+    return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
+
+
+def _add_missing(state: dict[str, Any], p: Tensor, names: Sequence[str]) -> None:
+    """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
+    for name in names:
+        if state.get(name) is None and name == "step":
+            state[name] = torch.zeros((), dtype=torch.float32, device="cpu")
+        elif state.get(name) is None:
+            state[name] = torch.full_like(p, -0.0 if name == "momentum_buffer" else 0.0, requires_grad=False)
+
+
+@dataclass
+class _Prepared:
+    """What stays from step to step.
+
+    Attributes:
+        tables: what the kernel reads.
+        sources: of each band or row of bands: its first row in the table, a parameter and its vectors.
+        constraint: what the bands were made of.
+        starting: the parameters whose momentum starts with this step.
+        kept: tensors and radii that are known by address or identity, which nobody else can have while they are here.
+    """
+
+    tables: cpu_kernel.Tables
+    sources: list[tuple[int, Tensor, Vectors]]
+    constraint: Constraint | None
+    starting: list[int]
+    kept: list[Any]
+
+    def write_bands(self, job: Job) -> None:
+        """Write the bands of another constraint."""
+        for row, p, vectors in self.sources:
+            numbers = _numbers(job.band(p, vectors), vectors)
+            self.tables.bands[row : row + len(numbers)] = numbers
+        self.constraint = job.constraint
+
+    def step(self, grads: list[int], job: Job, scale: float) -> list[int]:
+        """Run the kernel on gradients at these addresses; return the parameters that need `_project_in_metric`."""
+        from projgd.torch.engines import cpu_kernel
+
+        group, tables = job.group, self.tables
+        tables.addresses[cpu_kernel.GRAD] = grads
+        lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
+        if job.inner is SGD:
+            tables.factors[:, 0] = 1 - group["dampening"]
+            tables.factors[self.starting, 0] = 1
+            self.starting = []
+            sgd = cpu_kernel.Sgd(lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale)
+            return tables.run(sgd, None, None)
+        beta1, beta2 = map(float, group["betas"])
+        kind = float(group.get("decoupled_weight_decay", job.inner is AdamW)), float(group["amsgrad"])
+        adam = cpu_kernel.Adam(lr, beta1, beta2, float(group["eps"]), decay, sign, *kind, scale)
+        return tables.run(None, adam, None if job.metric is None else adam.eps)
+
+
+@dataclass
+class _Layout:
+    """Where vectors lie, as `cpu_kernel.cut_tiles` reads it; their bands; and where these come from."""
+
+    tensors: list[tuple[int, int, int, int]]
+    bands: list[tuple[float, ...]]
+    sources: list[tuple[int, Tensor, Vectors]]
+
+
+def _lay_out(job: Job, params: Sequence[Tensor]) -> _Layout:
+    layout = _Layout([], [], [])
+    places: dict[Any, tuple[int, int]] = {}
+    for p in params:
+        vectors, rows = job.vectors(p), rows_in_memory(p, job.vectors(p))
+        assert rows is not None
+        if vectors is None:
+            layout.tensors.append((*rows, -1, 0))
+            continue
+        key: Any = id(p) if p in job.radii else vectors
+        if key not in places:
+            numbers = _numbers(job.band(p, vectors), vectors)
+            places[key] = len(layout.bands), int(len(numbers) > 1)
+            layout.sources.append((len(layout.bands), p, vectors))
+            layout.bands += numbers
+        layout.tensors.append((*rows, *places[key]))
+    return layout
+
+
+def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
+    """Return the numbers of a band, or of those of all vectors in the order of memory where they differ."""
+    assert band is not None
+    numbers = band.low, band.high, band.up, band.down, band.pull
+    if not any(isinstance(n, Tensor) for n in numbers):
+        return [numbers]
+    kept = [1 if a in vectors.axes else n for a, n in enumerate(vectors.shape)]
+    columns = [torch.as_tensor(n, dtype=torch.float64).expand(kept).reshape(-1).tolist() for n in numbers]
+    return list(zip(*columns, strict=True))
+
+
+def _project_in_metric(p: Tensor, job: Job) -> None:
+    """Project a parameter that the kernel has left, because its metric is out of range."""
+    vectors, band = job.vectors(p), job.band(p)
+    assert vectors is not None
+    assert band is not None
+    assert job.metric is not None
+    with torch.no_grad():
+        diagonal = job.metric(p)
+        assert diagonal is not None
+        x = metrics.project_band(p.reshape(vectors.shape), diagonal.reshape(vectors.shape), band, vectors.axes, xp)
+        p.copy_(x.reshape(p.shape))

@@ -1,16 +1,19 @@
 """The kernel of the engine `cpu`: update, norm and rescaling of a vector while it is in cache, all tensors in one call.
 
-A tensor is `count` rows of `length` float32 numbers, one after the other in memory; each row is a vector. The rows are cut
-into tiles, and the tiles are dealt out to threads. Within a tile, a few rows are updated, then their norms are taken and
-those outside of their band are scaled, all while they are in the first-level cache. A row that is longer than a tile is
-shared: its tiles leave their sums of squares, and a second pass rescales.
+A tensor is `count` rows of `length` float32 numbers, one after the other in memory; each row is a vector. The rows are
+cut into tiles, and the tiles are dealt out to threads. Within a tile, a few rows are updated, then their norms are taken
+and those outside of their band are scaled, all while they are in the first-level cache. A row that is longer than a tile
+is shared: its tiles leave their sums of squares, and a second pass rescales.
 
-Sums are taken in float64, where squares of float32 numbers neither over- nor underflow and their sum is as good as exact
-in any order. No flag assumes that NaN or infinity cannot occur, except in `_weigh` and `_sum_block`, which work on finite
-numbers only.
+Sums are taken in float64, where squares of float32 numbers neither over- nor underflow and their sum is as good as
+exact in any order. So `_plus_square` may reorder them, which vectorises the loop. No flag assumes that NaN or infinity
+cannot occur, but for `_weigh` and `_sum_block`, which see finite numbers only.
 
 Everything compiled is in this file, because numba's cache on disk looks at the age of one file only.
 """
+
+# numba's decorators have no types.
+# mypy: allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ TILE = 1 << 14
 LONG = 1 << 15
 """Entries from which on a row is shared by several tiles."""
 
-BLOCK = 2048
+BLOCK = 1024
 """Entries updated before their norms are taken: with gradient and states they fit into the first-level cache."""
 
 SHARE = 1 << 17
@@ -50,7 +53,7 @@ SHARE = 1 << 17
 
 THREADS: int = cast("Any", numba.config).NUMBA_NUM_THREADS
 TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns of `tiles`
-PARAM, GRAD, MOMENT, SQUARE, LARGEST = range(5)  # the rows of `table`
+PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of `table`
 TINY = 2.0**-100
 GUESS = 256  # entries of a vector that the first guess at its multiplier looks at
 STEPS = 30  # of the iteration for a multiplier, at most; 2 or 3 are usual
@@ -65,7 +68,6 @@ class Sgd(NamedTuple):
 
     lr: float
     momentum: float
-    undamped: float  # 1 - dampening
     decay: float
     sign: float
     nesterov: float
@@ -87,8 +89,6 @@ class Adam(NamedTuple):
 
 
 _exact = njit(error_model="numpy")
-_inlined = njit(error_model="numpy", forceinline=True)
-_reordered = njit(error_model="numpy", fastmath={"reassoc", "contract"})  # so that a sum takes several numbers at once
 _finite = njit(error_model="numpy", fastmath=True)
 
 
@@ -112,7 +112,18 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return c(a, b, c), codegen
 
 
-@_inlined
+@intrinsic
+def _plus_square(typing: Any, total: Any, x: Any) -> Any:
+    """Return total + x · x, which the compiler may add up in any order, and so several at once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        flags = ("reassoc", "contract")
+        return builder.fadd(args[0], builder.fmul(args[1], args[1], flags=flags), flags=flags)
+
+    return types.float64(types.float64, types.float64), codegen
+
+
+@_exact
 def _view(address: int, start: int, size: int) -> Any:
     return carray(_pointer(address + 4 * start), size)
 
@@ -124,33 +135,44 @@ def _unscale(g: Any, scale: float) -> None:
         g[i] /= divisor
 
 
-@_inlined
-def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, is_first: bool) -> None:
-    """Run torch.optim.SGD on a run of memory of tensor k."""
-    p, g = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size)
-    m = _view(table[MOMENT, k], start, size)
-    lr, momentum, undamped = np.float32(h[0]), np.float32(h[1]), np.float32(h[2])
-    decay, sign, nesterov, scale = np.float32(h[3]), np.float32(h[4]), h[5] != 0, h[6]
+@_exact
+def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: float, total: Any) -> Any:
+    """Run torch.optim.SGD on a run of memory of tensor k, and return the sum of the squares of what is stored.
+
+    It sums as it updates, because it waits for memory anyway; with `total` None it does not. There are two loops,
+    because the compiler vectorises none that has all of these conditions.
+    """
+    p, g, m = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size), _view(table[M, k], start, size)
+    lr, momentum, decay, sign = np.float32(h[0]), np.float32(h[1]), np.float32(h[2]), np.float32(h[3])
+    nesterov, scale, share = h[4] != 0, h[5], np.float32(undamped)
     if scale != 1:
         _unscale(g, scale)
-    for i in range(p.size):
-        w = p[i]
-        d = sign * g[i]
-        if decay != 0:
-            d = _fma(decay, w, d)
-        if momentum != 0:
-            b = d if is_first else _fma(undamped, d, momentum * m[i])
-            m[i] = b
-            d = _fma(momentum, b, d) if nesterov else b
-        p[i] = _fma(-lr, d, w)
+    if momentum == 0:
+        for i in range(p.size):
+            d = sign * g[i]
+            if decay != 0:
+                d = _fma(decay, p[i], d)
+            p[i] = _fma(-lr, d, p[i])
+            if total is not None:
+                total = _plus_square(total, np.float64(p[i]))
+    else:
+        for i in range(p.size):
+            d = sign * g[i]
+            if decay != 0:
+                d = _fma(decay, p[i], d)
+            m[i] = _fma(share, d, momentum * m[i])
+            d = _fma(momentum, m[i], d) if nesterov else m[i]
+            p[i] = _fma(-lr, d, p[i])
+            if total is not None:
+                total = _plus_square(total, np.float64(p[i]))
+    return total
 
 
-@_inlined
+@_exact
 def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any) -> None:
-    """Run torch.optim.Adam or AdamW on a run of memory of tensor k."""
-    p, g = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size)
-    m, v = _view(table[MOMENT, k], start, size), _view(table[SQUARE, k], start, size)
-    x = _view(table[LARGEST, k], start, size)
+    """Run torch.optim.Adam or AdamW on a run of memory of tensor k. It does not sum: that would make it slower."""
+    p, g, m = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size), _view(table[M, k], start, size)
+    v, x = _view(table[V, k], start, size), _view(table[LARGEST, k], start, size)
     weight1, weight2, beta2 = np.float32(1 - h[1]), np.float32(1 - h[2]), np.float32(h[2])
     eps, decay, sign, shrink = np.float32(h[3]), np.float32(h[4]), np.float32(h[5]), np.float32(1 - h[0] * h[4])
     decoupled, amsgrad, scale = h[6] != 0, h[7] != 0, h[8]
@@ -192,13 +214,11 @@ def _count(h: Any, counters: Any, factors: Any) -> None:
         factors[k, 0], factors[k, 1] = size, root
 
 
-@_reordered
+@_exact
 def _sum_squares(address: int, start: int, size: int) -> float:
-    x = _view(address, start, size)
-    total = 0.0
+    x, total = _view(address, start, size), 0.0
     for i in range(x.size):
-        wide = np.float64(x[i])
-        total += wide * wide
+        total = _plus_square(total, np.float64(x[i]))
     return total
 
 
@@ -215,7 +235,13 @@ def _scale(x: Any, factor: float) -> None:
 
 
 @_exact
-def _factor(norm: float, band: Any) -> float:
+def _is_inside(square: float, low: float, high: float) -> bool:
+    """Whether a vector with this sum of squares surely stays: without a root, and without a call for every vector."""
+    return low * low * (1 + 2.0**-50) <= square <= high * high * (1 - 2.0**-50)
+
+
+@_exact
+def _factor(norm: float, band: Any) -> Any:
     """Return what a vector is multiplied by, as `Band.factors` does."""
     low, high, up, down, pull = band[0], band[1], band[2], band[3], band[4]
     if low <= norm <= high or not 0 < norm < np.inf:
@@ -225,7 +251,7 @@ def _factor(norm: float, band: Any) -> float:
 
 
 @_exact
-def _measure_metric(x: Any, v: Any, root: float, eps: float, scale: float, y: Any, d: Any) -> bool:
+def _measure_metric(x: Any, v: Any, root: float, eps: float, scale: float, y: Any, d: Any) -> Any:
     """Write y = x · scale and D = √v / root + ε; return whether `_find_multiplier` can work with this D."""
     factor, divisor, least = np.float32(scale), np.float32(root), np.float32(eps)
     low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
@@ -263,7 +289,7 @@ def _sum_moments(y: Any, d: Any, multiplier: float) -> Any:
 
 
 @_exact
-def _find_multiplier(y: Any, d: Any, norm: float) -> float:
+def _find_multiplier(y: Any, d: Any, norm: float) -> Any:
     """Return λ > 0 with ‖x(λ)‖ = 1, x as in `_sum_moments`, for y with a norm above 1; -1 where none was found.
 
     Newton's iteration on 1/‖x(λ)‖ = 1 with one more term of the series. Left of the root it never steps over; from the
@@ -302,7 +328,7 @@ def _weigh(y: Any, d: Any, multiplier: float) -> float:
 
 @_exact
 def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, band: Any, space: Any) -> bool:
-    """Move x, a vector above its band, to the nearest point of its new norm in D = √v / root + ε; False if it cannot."""
+    """Move x, a vector above its band, to the nearest point of its new norm in D = √v / root + ε, if it can."""
     goal = band[3]
     y, d = space[0, : x.size], space[1, : x.size]
     if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal):
@@ -360,10 +386,11 @@ def step(
 
     Args:
         sgd, adam: the hyperparameters, `Sgd` or `Adam`, and None for the other: the kernel is compiled for each.
-        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, v being in the last row of `table`.
+        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, v being last in `table`.
         table: int64 (5, tensors): addresses of parameter, gradient and three states.
         counters: int64 (tensors,): addresses of Adam's step counts; otherwise empty.
-        factors: float64 (tensors, 2): Sgd: 1 in the first column where the momentum starts; Adam: written here.
+        factors: float64 (tensors, 2): for SGD, the first column is what the gradient is multiplied by before it is
+            added to the momentum; for Adam it is written here.
         tiles: int64 (tiles, 8), see `cut_tiles`.
         ranges: int64 (threads + 1,): which tiles are whose.
         bands: float64 (bands, 5): low, high, up, down, pull.
@@ -380,22 +407,27 @@ def step(
         space = np.empty((2, longest if eps is not None else 1), np.float32)
         for i in range(ranges[t], ranges[t + 1]):
             tile = tiles[i]
-            k, length, side = tile[TENSOR], tile[LENGTH], max(1, BLOCK // tile[LENGTH])
+            k, length, is_free = tile[TENSOR], tile[LENGTH], tile[BAND] < 0
+            side = max(1, BLOCK // length)
             for j in range(0, tile[COUNT], side):
-                count, start = min(side, tile[COUNT] - j), tile[START] + j * length
-                if sgd is not None:  # numba compiles only the branch that is taken, but for each `if` on its own
-                    _update_sgd(sgd, table, k, start, count * length, factors[k, 0] != 0)
+                count, start, square = min(side, tile[COUNT] - j), tile[START] + j * length, 0.0
+                is_summed = count == 1 and not is_free and adam is None
+                # numba leaves out a branch that needs None to be something else, one `if` at a time.
+                if sgd is not None:
+                    if is_summed:
+                        square = _update_sgd(sgd, table, k, start, length, factors[k, 0], 0.0)
+                    else:
+                        _update_sgd(sgd, table, k, start, count * length, factors[k, 0], None)
                 if adam is not None:
                     _update_adam(adam, table, k, start, count * length, factors)
-                if tile[BAND] < 0:
-                    continue
-                for n in range(count):
-                    square = _sum_squares(table[PARAM, k], start + n * length, length)
+                for n in range(0 if is_free else count):
+                    at, first = tile[BAND] + (j + n) * tile[STEP], start + n * length
+                    if not is_summed:
+                        square = _sum_squares(table[PARAM, k], first, length)
                     if tile[PARTS] > 1:
                         sums[i] = square
-                        continue
-                    band = bands[tile[BAND] + (j + n) * tile[STEP]]
-                    _project(eps, square, band, k, start + n * length, length, table, factors, unsettled, space)
+                    elif not _is_inside(square, bands[at, 0], bands[at, 1]):
+                        _project(eps, square, bands[at], k, first, length, table, factors, unsettled, space)
     if is_shared:
         for t in prange(len(ranges) - 1):
             space = np.empty((2, longest if eps is not None else 1), np.float32)
@@ -426,52 +458,48 @@ _ready: set[tuple[type, ...]] = set()  # what the kernel is compiled for
 class Tables:
     """What the kernel reads and writes, for tensors that stay where they are.
 
-    Args:
-        addresses: (5, tensors), see `step`; those of the gradients change from step to step.
-        counters: (tensors,) addresses of Adam's step counts; empty for SGD.
-        starts: (tensors,), whether the momentum of SGD starts.
-        tensors: see `cut_tiles`.
-        bands: (bands, 5), see `step`.
+    Attributes:
+        addresses, counters, factors, bands: see `step`. The addresses of gradients change from step to step, `bands`
+            change with the constraint.
     """
 
     def __init__(
         self,
         addresses: Sequence[Sequence[int]],
         counters: Sequence[int],
-        starts: Sequence[bool],
         tensors: Sequence[tuple[int, int, int, int]],
-        bands: Floats,
+        bands: Sequence[Sequence[float]],
     ) -> None:
+        """Lay out the tables; `tensors` as in `cut_tiles`."""
         self.addresses, self.counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
-        self.factors = np.zeros((len(tensors), 2))
-        self.factors[:, 0] = starts
-        self.bands = bands
+        self.factors, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
         self._tiles = cut_tiles(tensors)
         self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
         self._entries = sum(count * length for count, length, *_ in tensors)
         self._ranges: dict[int, Ints] = {}  # by the number of threads
 
     def run(self, sgd: Sgd | None, adam: Adam | None, eps: float | None) -> list[int]:
-        """Run `step`, and return the tensors that it could not settle."""
+        """Run `step` with these hyperparameters, and return the tensors that it could not settle."""
         threads = min(torch.get_num_threads(), THREADS, 1 + self._entries // SHARE)
         if threads not in self._ranges:
             self._ranges[threads] = deal_out(self._tiles, threads)
-        # Plain tuples: numba takes 0.1 ms to look up the type of a NamedTuple.
-        hyperparameters = sgd and tuple(sgd), adam and tuple(adam), eps
-        tiles, ranges, written = self._tiles, self._ranges[threads], (self._sums, self._unsettled)
-        with _launching(threads, tuple(map(type, hyperparameters))):
-            _run(*hyperparameters, self.addresses, self.counters, self.factors, tiles, ranges, self.bands, *written)
-        self.factors[:, 0] = 0
-        if eps is None:
-            return []
-        unsettled: list[int] = np.flatnonzero(self._unsettled).tolist()
+        # Plain tuples, because numba takes 0.1 ms to find the type of a NamedTuple.
+        given = sgd and tuple(sgd), adam and tuple(adam), eps
+        where = self.addresses, self.counters, self.factors, self._tiles, self._ranges[threads]
+        with _launching(threads, tuple(map(type, given))):
+            _run(*given, *where, self.bands, self._sums, self._unsettled)
+        unsettled: list[int] = np.flatnonzero(self._unsettled).tolist() if eps is not None else []
         self._unsettled[:] = 0
         return unsettled
 
 
-@contextlib.contextmanager
-def _launching(threads: int, variant: tuple[type, ...]) -> Iterator[None]:
+def _launching(threads: int, variant: tuple[type, ...]) -> contextlib.AbstractContextManager[Any]:
     """Be alone in this process, on so many threads; alone on this machine where the kernel may have to be compiled."""
+    return _lock if threads == THREADS and variant in _ready else _prepared(threads, variant)
+
+
+@contextlib.contextmanager
+def _prepared(threads: int, variant: tuple[type, ...]) -> Iterator[None]:
     of_torch = torch.get_num_threads()
     before = numba.get_num_threads()
     if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP that both use how many
@@ -487,7 +515,7 @@ def _launching(threads: int, variant: tuple[type, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Let one process at a time compile, and the others find the result: numba's index is not made for several writers."""
+    """Let one process at a time compile, and the others find the result: numba's index allows for one writer."""
     directory = _run.stats.cache_path
     if fcntl is None or directory is None:
         yield
