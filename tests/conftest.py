@@ -1,7 +1,9 @@
-"""Set-up shared by all tests: one thread per worker, and this checkout first on every subprocess's path."""
+"""Set-up shared by all tests: one thread per worker, the same random cases in every run, this checkout on the path."""
 
 import os
 from pathlib import Path
+
+import hypothesis
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(
@@ -9,3 +11,5 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.e
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+hypothesis.settings.register_profile("same cases", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same cases")

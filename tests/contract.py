@@ -81,3 +81,29 @@ def judge_at_the_threshold(w, q, c):
     """T belongs to what is untouched, on every way the same."""
     assert (bits(q)[:, [0, 2]] == bits(w)[:, [0, 2]]).all(), "a vector at the threshold moved"
     judge(w, q, q, c)
+
+
+def judge_norms(w, q, low, high):
+    """The contract of a set of norms from `low` to `high` (arrays, one number per column), for columns `q` from `w`.
+
+    Held, tight, untouched, nothing laundered, zero vectors stay, direction kept. A sphere, low == high, is met to the
+    tightness of the dtype.
+    """
+    t = TIGHT[w.dtype.name]
+    wide_w, wide_q = np.asarray(w, np.float64), np.asarray(q, np.float64)
+    stays = ~np.isfinite(wide_w).all(0) | (wide_w == 0).all(0)
+    assert np.array_equal(wide_q[:, stays], wide_w[:, stays], equal_nan=True), "laundered, or a zero vector moved"
+    low, high = (np.broadcast_to(x, stays.shape)[~stays] for x in (low, high))
+    before, after = exact_norms(wide_w[:, ~stays]), exact_norms(wide_q[:, ~stays])
+    solid = low < high
+    assert (after[solid] <= high[solid]).all(), f"held: {(after / high).max()!r}"
+    assert (after[solid] >= low[solid]).all(), f"held from below: {(after[solid] - low[solid]).min()!r}"
+    inside = solid & (before <= high * (1 - t)) & (before >= low * (1 + t))
+    kept = bits(q)[:, ~stays] == bits(w)[:, ~stays]
+    assert kept[:, inside].all(), "untouched"
+    assert (after >= np.minimum(before, high) * (1 - t)).all(), f"tight: {(after / np.minimum(before, high)).min()!r}"
+    assert (after <= np.maximum(before, low) * (1 + t)).all(), f"tight: {(after / np.maximum(before, low)).max()!r}"
+    assert (after[~solid] >= low[~solid] * (1 - t)).all(), "the sphere"
+    assert (after[~solid] <= high[~solid] * (1 + t)).all(), "the sphere"
+    cosine = ((wide_w[:, ~stays] / before) * (wide_q[:, ~stays] / after)).sum(0)
+    assert (cosine >= 1 - 1e-2).all(), "direction"

@@ -162,7 +162,8 @@ def _project_all(params: Any, constraints: list[LeafConstraint | None], moved: b
 
 def _initial(p: Any, leaf: LeafConstraint) -> jax.Array | None:
     x = jnp.asarray(p).reshape(leaf.vectors.shape)
-    return leaf.constraint.initial(x, leaf.vectors.axes, leaf.name, jnp)
+    taken: jax.Array | None = leaf.constraint.initial(x, leaf.vectors.axes, leaf.name, jnp)
+    return taken
 
 
 def bind(constraints: list[LeafConstraint | None], params: Any, state: ProjectionState) -> list[LeafConstraint | None]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from projgd import MaxNorm, NonNegative, Split, UnitNorm, projections
+from projgd import MaxNorm, NonNegative, Split, UnitNorm, sums
 from projgd.optax import apply_updates, maxnorm_projection, project, projection
 
 TIGHT = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -73,7 +73,7 @@ def test_agrees_with_the_reference(dtype, c):
         x = x[:, :0]
     reference = np.asarray(jax.jit(MaxNorm(c).project)(x)).astype(np.float64)
     ours = np.asarray(jax.jit(lambda x: apply_updates(x, jnp.zeros_like(x), MaxNorm(c, axis=0)))(x)).astype(np.float64)
-    unit = projections.FLOATS[dtype].unit
+    unit = sums.FLOATS[dtype].unit
     np.testing.assert_allclose(ours, reference, rtol=max(1e-6, 2 * unit), atol=1e-7 if dtype == "float16" else 0)
 
 
@@ -161,7 +161,7 @@ def test_xla_sums_within_the_guard(n):
     rng = np.random.default_rng(0)
     for x in (np.full((n, 3), 0.7310585), rng.standard_normal((n, 3))):
         x = x.astype(np.float32)
-        guard = projections.guard(projections.FLOATS["float32"], x.shape, (0,))
+        guard = sums.guard(sums.FLOATS["float32"], x.shape, (0,))
         for axis, array in ((0, x), (1, x.T)):
             computed = np.asarray(jax.jit(lambda x, a=axis: jnp.sqrt(jnp.sum(jnp.square(x), axis=a)))(array))
             np.testing.assert_allclose(computed.astype(np.float64), true_norm(x).astype(np.float64), rtol=guard)

@@ -1,6 +1,6 @@
-"""The package from outside: what importing it loads, and that its wheel works in an empty environment."""
+"""The package from outside: what importing it loads, how its modules hang together, and that its wheel works alone."""
 
-import ast
+import graphlib
 import os
 import runpy
 import subprocess
@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.project.house import arguments, modules_of
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "jax", "optax", "keras", "tensorflow", "numba", "matplotlib")
@@ -114,29 +116,99 @@ except AttributeError as error:
     assert python(code) == "module 'projgd' has no attribute 'ProjectedSDG'\n"
 
 
-@pytest.mark.parametrize("front", ["torch", "optax"])
-def test_arrows_run_one_way(front):
-    """The core imports no front, and the fronts do not import each other."""
-    package = ROOT / "projgd"
-    fronts = {"torch", "optax"}
-    own = list((package / front).glob("*.py"))
-    core = [path for path in package.glob("*.py") if path.name != "__init__.py"]
-    for path in own + core:
-        imported = {
-            name
-            for node in ast.walk(ast.parse(path.read_text()))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-        }
-        others = fronts - {front} if path in own else fronts
-        assert not {n for n in imported for o in others if n.startswith(f"projgd.{o}")}, path
-        if path in core:
-            assert not {n for n in imported if n.partition(".")[0] in ("torch", "jax", "optax")}, path
+# ----------------------------------------------------------------------------------------------------------- the house
+
+
+MODULES = modules_of()
+FRONTS = {"torch": {"torch"}, "optax": {"jax", "jaxlib", "optax"}}
+ENGINES = [name for name in MODULES if name.startswith("projgd.torch.engines")]
+MANY_ARGUMENTS = {  # more than six, and why
+    "projgd.torch.optimizers:Projected.__init__": "its keyword arguments are the public face",
+    "projgd.torch.engines.cpu_kernel:": "numba compiles functions of arrays and numbers, and no dataclasses",
+    "projgd.torch.engines.triton:": "Triton compiles functions of pointers and numbers, and no dataclasses",
+}
+
+
+def front_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FRONTS else None
+
+
+def test_no_circle_of_imports():
+    graph = {name: module.needs() for name, module in MODULES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows_run_one_way(name):
+    """Fronts import the core; the core imports no front, and the fronts do not import each other."""
+    own, module = front_of(name), MODULES[name]
+    if name != "projgd":  # whose names of the fronts are for type checkers, see `test_import_loads_no_framework`
+        assert {front_of(needed) for needed in module.needs()} <= {None, own}
+        frameworks = set().union(*(found for front, found in FRONTS.items() if front != own))
+        assert not module.packages() & frameworks
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_know_only_engines_metrics_and_the_core(name):
+    beside = {n for n in MODULES[name].needs() if front_of(n) and n not in ENGINES}
+    assert beside <= {"projgd.torch.metrics"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_private_names_stay_in_their_module(name):
+    assert not list(MODULES[name].private_names())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_writes_into_another_at_import(name):
+    assert not list(MODULES[name].written_at_import())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_functions_and_argument_lists_are_short(name):
+    module = MODULES[name]
+    assert module.lines_of_code() <= 350
+    long = {f: n for f, node in module.functions() if (n := module.lines_of_code(node)) > 50}
+    assert not long
+    allowed = [of.partition(":")[2] for of in MANY_ARGUMENTS if of.partition(":")[0] == name]
+    many = {f: n for f, node in module.functions() if (n := len(arguments(node))) > 6}
+    assert not {f for f in many if not any(f.startswith(start) for start in allowed)}
+
+
+def test_the_front_for_torch_has_few_files():
+    assert len([name for name in MODULES if front_of(name) == "torch"]) <= 22
+
+
+def test_these_rules_see_what_they_are_for(tmp_path):
+    files = {
+        "__init__": "",
+        "core": "TABLE, _hidden = {}, 1\n",
+        "reads": "from projgd import core\nfrom projgd.core import TABLE, _hidden\nx = core._hidden\n",
+        "writes": (
+            "import projgd.core\nfrom projgd import core as c\nfrom projgd.core import TABLE\n"
+            "if True:\n    c.flag: int = 1\nc.TABLE['x'], y = 1, 2\nprojgd.core.TABLE.update(x=1)\n"
+            "setattr(c, 'z', 1)\nTABLE['q'] = 1\nlocal = {}\nlocal['q'] = 1\n\n\ndef later():\n    c.flag = 2\n"
+        ),
+        "one": "def f(self, a, *b, c=1, **d):\n    from projgd import other\n    return other\n",
+        "other": "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from projgd.one import f\n",
+        "long": '"""Text\nand text."""\n\nx = [  # a comment\n    1,\n\n    # another\n    2,\n]\n"""About x."""\n',
+    }
+    (tmp_path / "projgd").mkdir()
+    for name, code in files.items():
+        (tmp_path / "projgd" / f"{name}.py").write_text(code)
+    found = modules_of(tmp_path / "projgd")
+    assert list(found["projgd.reads"].private_names()) == ["projgd.core._hidden"] * 2
+    written = [name.removeprefix("projgd.core.") for name in found["projgd.writes"].written_at_import()]
+    assert written == ["flag", "TABLE", "TABLE.update(…)", "?", "TABLE[…]"]
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter({name: m.needs() for name, m in found.items()}).static_order())
+    ((name, f),) = found["projgd.one"].functions()
+    assert (name, arguments(f)) == ("f", ["a", "c", "b", "d"])
+    assert (found["projgd.one"].lines_of_code(f), found["projgd.long"].lines_of_code()) == (3, 4)
+
+
+# ----------------------------------------------------------------------------------------------------- the wheel, types
 
 
 def test_what_type_checkers_are_shown_also_runs():

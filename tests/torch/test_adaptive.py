@@ -1,14 +1,17 @@
 """metric="adaptive" in PyTorch: the diagonal of every optimizer, the fixed point it leads to, and what is refused."""
 
 import copy
+import dataclasses
 import pickle
 
 import array_api_compat.torch as xp
 import pytest
 import torch
 
-from projgd import MaxNorm, NonNegative, Sphere, UnitNorm, metrics, projections
+from projgd import MaxNorm, NonNegative, Sphere, UnitNorm, metrics
+from projgd.axes import Vectors
 from projgd.constraints import Constraint
+from projgd.sums import FLOATS
 from projgd.torch import (
     ProjectedAdagrad,
     ProjectedAdam,
@@ -17,8 +20,9 @@ from projgd.torch import (
     projected,
     register_metric,
 )
+from projgd.torch.engines.base import Job, project_with
 from projgd.torch.metrics import Diagonal, OfStep, Root
-from projgd.torch.project import project_whole
+from projgd.torch.routing import WITHIN
 from tests.optimality import LeastSquares, residual
 
 # optimizer, its options, and the state entry that is divided by D in a step (None: the gradient itself)
@@ -324,8 +328,10 @@ def test_the_path_on_cpu_agrees_with_the_reference(shape, case, known):
         return root if known else root()
 
     with torch.no_grad():
-        project_whole([p], MaxNorm(1.0), None, OfStep(Diagonal(of, ("v",)), {p: {"v": v}}, {}, {}))
-    expected = metrics.project_ball(y, d, 1.0, tuple(range(1, y.ndim)), xp)
+        metric = OfStep(Diagonal(of, ("v",)), {p: {"v": v}}, {}, {})
+        inner = torch.optim.Adam
+        project_with(WITHIN, Job(inner([p]), inner, {}, MaxNorm(1.0), metric), [p])
+    expected = MaxNorm(1.0).onto_in(d, y, tuple(range(1, y.ndim)), xp)
     true = p.detach().double().flatten(1).norm(dim=1)
     assert (true[true.isfinite()] <= 1).all()
     before = y.double().flatten(1).norm(dim=1)
@@ -388,15 +394,15 @@ def test_the_kernels_project_the_stock_step_to_the_float64_optimum(cls, kwargs, 
             v, t = stock.state[q][name].double().flatten(1), step + 1
             beta, eps = stock.param_groups[0]["betas"][1], stock.param_groups[0]["eps"]
             d = (v / (1 - beta**t)).sqrt() + eps
-            limits = projections.ball_limits(projections.FLOATS["float32"], y.shape, (1,), 1.0, xp)
-            best = metrics.project_ball(y, d, limits.target, (1,), xp)
-            outside = y.norm(dim=1) > limits.threshold
+            band = MaxNorm(1.0).band(FLOATS["float32"], Vectors(tuple(y.shape), (1,)))
+            best = metrics.project_band(y, d, dataclasses.replace(band, high=band.down), (1,), xp)
+            outside = y.norm(dim=1) > band.high
             found += int(outside.sum())
             assert (x.norm(dim=1) <= 1).all()
             assert torch.allclose(x[~outside], y[~outside], rtol=1e-6, atol=1e-7)
             assert (x.norm(dim=1)[outside] >= 1 - 1e-5).all()
             assert ((x - best).norm(dim=1)[outside] <= 1e-6).all()
             assert (residual(x[outside], y[outside], d[outside])[0] <= 1e-6).all()
-    names = {path.name for name, path in optimizer.projection_path().items() if not name.startswith("parameter 4")}
-    assert names == {"kernel" if fused else "fused"}
+    names = {choice.engine for name, choice in optimizer.routes().items() if not name.startswith("parameter 4")}
+    assert names <= ({"cpu", "diagonal", "reference", "eager"} if fused else {"diagonal", "reference", "free"}), names
     assert found >= 100

@@ -1,71 +1,183 @@
-"""ProjectedSGD, ProjectedAdam and ProjectedAdamW: what they take, which setting wins, and when hooks run."""
+"""Projected optimizers: what they take, how they step, how they are copied and saved, and classes of one's own."""
 
-import copy
 import inspect
-import io
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import schedulefree
 import torch
+from lion_pytorch import Lion
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing._internal.two_tensor import TwoTensor
 
-from projgd import MaxNorm, NonNegative, UnitNorm
-from projgd.axes import Split
-from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, param_groups, project_after_step
+import projgd.torch
+from projgd import MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, UnitNorm
+from projgd.torch import Projected, ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
+from tests.torch.common import copied, longest, network, norms, same, saved_and_loaded, step, train, weight
 
-CLASSES = {ProjectedSGD: torch.optim.SGD, ProjectedAdam: torch.optim.Adam, ProjectedAdamW: torch.optim.AdamW}
-
-
-@pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
-def cls(request):
-    return request.param
-
-
-def network() -> torch.nn.Sequential:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
-
-
-def backward(model: torch.nn.Module, step: int = 0) -> torch.Tensor:
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-    loss = (model(x) - 10).square().mean()
-    loss.backward()
-    return loss
+STOCK = sorted(
+    (v for v in vars(torch.optim).values() if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)),
+    key=lambda cls: cls.__name__,
+)
+STOCK.remove(torch.optim.Optimizer)
+THIRD = [Lion, schedulefree.SGDScheduleFree, schedulefree.AdamWScheduleFree]
+RATES = {"Adafactor": 0.5, "Adadelta": 50.0, "LBFGS": 0.5, "Muon": 0.5, "SGD": 0.5}
+OPTIONS = {"LBFGS": {"max_iter": 3}}
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[np.ndarray]:
-    for step in steps:
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-    return [p.detach().numpy().copy() for p in model.parameters()]
+class Net(torch.nn.Module):
+    """Matrices alone, as Muon wants it; the table has sparse gradients for the optimizer that takes only these."""
+
+    def __init__(self, sparse=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(7, 6, sparse=sparse)
+        self.first = torch.nn.Linear(6, 5, bias=False)
+        self.last = torch.nn.Linear(5, 3, bias=False)
+
+    def forward(self, tokens):
+        return self.last(torch.tanh(self.first(self.table(tokens))))
+
+    def trained(self, cls):
+        return [self.table.weight] if cls is torch.optim.SparseAdam else list(self.parameters())
 
 
-def norms(weight: torch.Tensor, axis: int = 1) -> np.ndarray:
-    return np.linalg.norm(weight.detach().numpy().astype(np.float64), axis=axis)
+def make(cls, made, **settings):
+    net = Net(sparse=cls is torch.optim.SparseAdam)
+    lr = RATES.get(cls.__name__, 0.05)
+    optimizer = made(net.trained(cls), lr=lr, **OPTIONS.get(cls.__name__, {}), **settings)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return net, optimizer
 
 
-# ------------------------------------------------------------------------------------------------- what they are, take
+def step_net(net, optimizer, seed):
+    tokens = torch.randint(7, (16,), generator=torch.Generator().manual_seed(seed))
+    target = torch.randint(3, (16,), generator=torch.Generator().manual_seed(seed + 99))
+
+    def closure():
+        net.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(tokens), target)
+        loss.backward()
+        return loss
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return optimizer.step(closure)
+    closure()
+    return optimizer.step()
 
 
-def test_they_are_the_stock_classes_with_three_words_more(cls):
-    stock = CLASSES[cls]
-    assert issubclass(cls, stock)
-    own = set(inspect.signature(stock).parameters) - {"params"}
-    defaults = {k: v.default for k, v in inspect.signature(stock).parameters.items() if k in own}
-    optimizer = cls(network().parameters(), **defaults, c=4.0)  # every option by name
-    plain = stock(network().parameters(), **defaults)
+# ------------------------------------------------------------------------------------------------------ every optimizer
+
+
+def test_all_of_torch_optim_is_there_by_name():
+    assert len(STOCK) >= 15
+    for cls in STOCK:
+        made = getattr(projgd.torch, f"Projected{cls.__name__}")
+        assert made is projected(cls)
+        assert issubclass(made, cls)
+        assert pickle.loads(pickle.dumps(made)) is made
+
+
+@pytest.mark.parametrize("cls", STOCK + THIRD, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("way", ["class", "hook"])
+def test_a_step_is_the_plain_step_and_then_the_formula(cls, way):
+    c = 0.6
+    net, plain = make(cls, cls)
+    twin, ours = make(cls, projected(cls), c=c) if way == "class" else make(cls, cls)
+    if way == "hook":
+        project_after_step(ours, MaxNorm(c))
+    bound = 0
+    for seed in range(4):
+        step_net(net, plain, seed)
+        step_net(twin, ours, seed)
+        for w, p in zip(net.trained(cls), twin.trained(cls), strict=True):
+            touched = p.grad.to_dense().abs().sum(1).numpy() > 0 if p.grad.is_sparse else slice(None)
+            moved = w.detach().double().numpy()[touched]
+            expected = moved * np.minimum(1, c / np.linalg.norm(moved, axis=1, keepdims=True))
+            np.testing.assert_allclose(p.detach().numpy()[touched], expected, rtol=3e-6, atol=1e-7)
+            assert (norms(p)[touched] <= c).all()
+            bound += int((norms(p)[touched] > c * (1 - 1e-5)).sum())
+        with torch.no_grad():  # from the same point into the next step
+            for w, p in zip(net.parameters(), twin.parameters(), strict=True):
+                w.copy_(p)
+    assert bound > 5
+
+
+@pytest.mark.parametrize("cls", STOCK + THIRD, ids=lambda cls: cls.__name__)
+def test_where_nothing_binds_the_step_is_the_plain_one_bit_for_bit(cls):
+    net, plain = make(cls, cls)
+    others = [make(cls, projected(cls), **settings) for settings in ({}, {"c": 1e6})]
+    for seed in range(3):
+        found = step_net(net, plain, seed)
+        for twin, ours in others:
+            assert same(found, step_net(twin, ours, seed))
+            assert same(list(net.parameters()), list(twin.parameters()))
+            assert same(plain.state_dict()["state"], ours.state_dict()["state"])
+
+
+class Mine(ProjectedAdam):
+    """A subclass that a user writes."""
+
+
+@pytest.mark.parametrize("made", [*map(projected, STOCK), projected(Lion), Mine], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_copies_keep_the_projection(made, how):
+    cls = made.inner
+    net, optimizer = make(cls, made, c=0.3)
+    step_net(net, optimizer, 0)
+    twin, other = copied(how, (net, optimizer))
+    assert type(other) is made
+    for seed in range(1, 3):
+        step_net(net, optimizer, seed)
+        step_net(twin, other, seed)
+    assert same(list(net.parameters()), list(twin.parameters()))
+    assert max(map(longest, twin.trained(cls))) <= 0.3
+
+
+@pytest.mark.parametrize("cls", STOCK, ids=lambda cls: cls.__name__)
+def test_checkpoints_are_plain_and_go_both_ways(cls):
+    net, ours = make(cls, projected(cls), constraint=MaxNorm(0.3))
+    step_net(net, ours, 0)
+    saved = saved_and_loaded(ours.state_dict())
+    _, again = make(cls, projected(cls), c=7.0)
+    again.load_state_dict(saved)
+    assert again.param_groups[0]["constraint"] == MaxNorm(0.3)
+    assert same(again.state_dict(), ours.state_dict())
+
+    _, plain = make(cls, cls)
+    plain.load_state_dict(saved)
+    assert same(plain.state_dict()["state"], saved["state"])
+
+    other, plain = make(cls, cls)
+    step_net(other, plain, 0)
+    _, ours = make(cls, projected(cls), constraint=MaxNorm(0.3))
+    ours.load_state_dict(plain.state_dict())
+    assert same(ours.state_dict()["state"], plain.state_dict()["state"])
+    assert ours.param_groups[0]["constraint"] == MaxNorm(0.3)
+
+
+# ------------------------------------------------------------------------------------------------------- what they take
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], ids=lambda cls: cls.__name__)
+def test_they_are_the_stock_classes_with_some_words_more(cls):
+    own = set(inspect.signature(cls).parameters) - {"params"}
+    defaults = {k: v.default for k, v in inspect.signature(cls).parameters.items() if k in own}
+    optimizer = projected(cls)(network().parameters(), **defaults, c=4.0)  # every option by name
+    plain = cls(network().parameters(), **defaults)
     for key, value in plain.param_groups[0].items():
         if key != "params":
             assert optimizer.param_groups[0][key] == value
-    assert cls(network().parameters(), 0.25).param_groups[0]["lr"] == 0.25  # and lr by position
+    assert projected(cls)(network().parameters(), 0.25).param_groups[0]["lr"] == 0.25  # and lr by position
 
 
 @pytest.mark.parametrize(
     "form", ["tensor list", "generator", "groups", "named", "named groups", "generator in a group"]
 )
-def test_every_form_of_params(cls, form):
+def test_every_form_of_params(form):
     model = network()
     forms = {
         "tensor list": list(model.parameters()),
@@ -75,147 +187,193 @@ def test_every_form_of_params(cls, form):
         "named groups": [{"params": list(model[0].named_parameters())}],
         "generator in a group": [{"params": (p for p in model.parameters())}],
     }
-    train(model, cls(forms[form], lr=1e-3, c=0.1), range(1))
-    assert norms(model[0].weight).max() <= 0.1
-    assert norms(model[0].weight).min() >= 0.1 * (1 - 1e-5)  # all were outside
+    train(model, ProjectedAdam(forms[form], lr=1e-3, c=0.1), range(1))
+    assert (norms(model[0].weight) <= 0.1).all()
+    assert (norms(model[0].weight) >= 0.1 * (1 - 1e-5)).all()  # all were outside
 
 
-def test_stock_errors_stay_stock(cls):
+def test_stock_errors_stay_stock():
     with pytest.raises(ValueError, match="Invalid learning rate"):
-        cls(network().parameters(), lr=-1.0, c=4.0)
+        ProjectedSGD(network().parameters(), lr=-1.0, c=4.0)
     with pytest.raises(ValueError, match="empty parameter list"):
-        cls([], c=4.0)
+        ProjectedSGD([], c=4.0)
     with pytest.raises(TypeError, match="unexpected keyword"):
-        cls(network().parameters(), momentun=0.9)
+        ProjectedSGD(network().parameters(), momentun=0.9)
 
 
-def test_a_groups_own_setting_wins(cls):
-    weights = [torch.nn.Parameter(torch.full((4, 3), 9.0)) for _ in range(6)]
-    keys = [{}, {"c": 2.0}, {"c": None}, {"axis": 0}, {"constraint": UnitNorm()}, {"constraint": NonNegative()}]
-    keys[4]["weight_decay"] = 0.0  # what is not zero works against a sphere: there is a warning
-    optimizer = cls([{"params": [w], **own} for w, own in zip(weights, keys, strict=True)], lr=1e-9, c=3.0)
-    for w in weights:
-        w.grad = torch.zeros_like(w)
-    optimizer.step()
-    inherited, own_c, free, own_axis, unit, positive = weights
-    np.testing.assert_allclose(norms(inherited), 3, rtol=1e-5)
-    np.testing.assert_allclose(norms(own_c), 2, rtol=1e-5)
-    np.testing.assert_array_equal(free.detach(), torch.full((4, 3), 9.0))
-    np.testing.assert_allclose(norms(own_axis, axis=0), 3, rtol=1e-5)
-    np.testing.assert_allclose(norms(unit), 1, rtol=1e-5)
-    np.testing.assert_array_equal(positive.detach(), torch.full((4, 3), 9.0))
+def test_help_shows_what_the_constructor_takes():
+    shown = inspect.signature(ProjectedAdam).parameters
+    assert [*shown][:3] == ["params", "lr", "betas"]
+    assert shown["lr"].default == inspect.signature(torch.optim.Adam).parameters["lr"].default
+    settings = {"c", "axis", "constraint", "update", "gradient", "metric", "without_grad", "engine"}
+    assert {"foreach", *settings} < shown.keys()
+    assert [*inspect.signature(Whole).parameters] == ["params", "lr", "settings"]
 
 
-def test_a_constraint_for_all_groups_and_a_free_one(cls):
-    weights = [torch.nn.Parameter(-torch.ones(4, 3)) for _ in range(3)]
-    groups = [{"params": [weights[0]]}, {"params": [weights[1]], "c": None}, {"params": [weights[2]], "c": 0.5}]
-    optimizer = cls(groups, lr=1e-9, constraint=NonNegative())
-    for w in weights:
-        w.grad = torch.zeros_like(w)
-    optimizer.step()
-    np.testing.assert_array_equal(weights[0].detach(), np.zeros((4, 3)))
-    np.testing.assert_array_equal(weights[1].detach(), -np.ones((4, 3)))
-    np.testing.assert_allclose(norms(weights[2]), 0.5, rtol=1e-5)
+def test_defaults_have_the_settings():
+    for settings in ({"c": 3.0, "axis": 0}, {"constraint": UnitNorm(), "metric": "euclidean"}):
+        again = ProjectedSGD([weight()], **ProjectedSGD([weight()], lr=0.5, **settings).defaults)
+        assert {k: again.param_groups[0][k] for k in settings} == settings
 
 
-def test_without_a_bound_it_is_the_stock_optimizer_bit_for_bit(cls):
-    ours, plain = network(), network()
-    found = train(ours, cls(ours.parameters(), lr=0.1, c=None), range(10))
-    expected = train(plain, CLASSES[cls](plain.parameters(), lr=0.1), range(10))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("keys", [{"c": 2.0, "axis": 0}, {"constraint": MaxNorm(2.0)}, {"constraint": UnitNorm(0)}])
+def test_groups_of_a_projected_optimizer_are_taken_over(keys):
+    optimizer = ProjectedSGD(network().parameters(), lr=0.1, **keys)
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer.add_param_group({**settings, "params": [network()[0].weight]})
+    again = ProjectedSGD(optimizer.param_groups)
+    for group in [optimizer.param_groups[1], *again.param_groups]:
+        assert {k: v for k, v in group.items() if k != "params"} == settings
 
 
-# ------------------------------------------------------------------------------------------------- ways to take a step
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.complex64), "parameter 0 of group 0 has dtype complex64"),
+        (torch.zeros(2, 3, dtype=torch.int32), "has dtype int32"),
+        (torch.nn.UninitializedParameter(), "not initialised yet"),
+        (torch.zeros(3).expand(2, 3), "is an expanded tensor"),
+        (torch.eye(3).to_sparse(), "is a sparse_coo tensor"),
+        (TwoTensor(torch.eye(3), torch.eye(3)), "is a TwoTensor, a tensor subclass whose norms"),
+    ],
+)
+def test_parameters_that_cannot_be_measured_are_refused(param, message):
+    for options in ({"c": 1.0}, {"constraint": MinMaxNorm(0.5, 1.0), "fused": param.is_floating_point()}):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ProjectedSGD([param], **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        project_after_step(torch.optim.SGD([param]), MaxNorm(1.0))
 
 
-def test_closure(cls):
-    model = network()
-    optimizer = cls(model.parameters(), lr=0.5, c=0.3)
-    losses = []
+def test_an_error_names_the_parameter_even_if_two_have_the_name():
+    bad, good = torch.zeros(2, 3, dtype=torch.complex64), weight(2, 3)
+    for twice in ([("w", bad), ("w", good)], [("w", good), ("w", bad)]):
+        with pytest.raises(TypeError, match=r"w.* has dtype complex64"):
+            ProjectedSGD(twice, c=1.0)
 
-    def closure() -> torch.Tensor:
+
+class Copies(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        super().__init__([p.detach().double() for p in params], lr=lr)
+
+
+class InOne(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        super().__init__([torch.cat([p.detach().flatten() for p in params])], lr=lr)
+
+
+@pytest.mark.parametrize("cls", [Copies, InOne])
+def test_an_optimizer_that_steps_other_tensors_is_refused(cls):
+    with pytest.raises(TypeError, match=f"{cls.__name__} steps other tensors than those that it was given"):
+        projected(cls)([weight()], c=1.0)
+
+
+class WithoutDefaults(torch.optim.Optimizer):
+    """Keeps all its options in its groups, as some optimizers do that treat groups differently."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["rate"])
+
+
+class WithC(torch.optim.SGD):
+    """Has an option of the same name as one of ours."""
+
+    def __init__(self, params, c=2.0):
+        super().__init__(params, lr=c)
+
+
+def test_unusual_optimizers():
+    w = weight(2, 3)
+    step(projected(WithoutDefaults)([{"params": [w], "rate": 0.5, "c": 1.0}]), 1.0)
+    assert 1 - 1e-5 <= longest(w) <= 1
+    with pytest.raises(TypeError, match=r"WithC has an option c of its own.*project_after_step"):
+        projected(WithC)
+    ProjectedSGD([{"params": [w], "name": "backbone", "lr_scale": 0.5}], c=1.0)  # what loggers and schedules read
+    for wrong in (torch.optim.SGD([w]), "SGD", torch.nn.Linear):
+        with pytest.raises(TypeError, match=r"projected\(\) takes a torch.optim.Optimizer class"):
+            projected(wrong)
+
+
+# ----------------------------------------------------------------------------------------------------- steps and groups
+
+
+def test_parameters_without_gradient_are_projected_only_when_asked():
+    for asked in (False, True):
+        used, idle = weight(), weight()
+        optimizer = ProjectedSGD([used, idle], c=1.0, without_grad=asked)
+        used.grad = torch.zeros_like(used)
+        optimizer.step()
+        assert longest(used) <= 1
+        assert bool(longest(idle) <= 1) is asked
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_closure_is_called_once_and_its_loss_comes_back(fused):
+    model, losses = network(), []
+    optimizer = ProjectedAdam(model.parameters(), lr=0.5, c=0.3, fused=fused)
+
+    def closure():
         optimizer.zero_grad()
-        losses.append(backward(model))
+        losses.append(model(torch.ones(2, 6)).square().mean())
+        losses[-1].backward()
         return losses[-1]
 
     assert optimizer.step(closure) is losses[0]
-    assert len(losses) == 1
-    assert norms(model[0].weight).max() <= 0.3
+    assert optimizer.step(closure=closure) is losses[1]
+    assert len(losses) == 2
+    assert longest(model[0].weight) <= 0.3
 
 
-def test_a_step_that_grad_scaler_skips_is_not_projected(cls):
-    model = network()
-    optimizer = cls(model.parameters(), lr=0.5, c=0.01)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = [p.detach().clone() for p in model.parameters()]
-    scaler.scale(torch.tensor(float("inf")) * model(torch.ones(1, 6)).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    for p, q in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, q)
-    optimizer.zero_grad()
-    scaler.scale(model(torch.ones(1, 6)).sum()).backward()
-    scaler.step(optimizer)
-    assert norms(model[0].weight).max() <= 0.01
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zero_grad(to_none):
+    p = weight()
+    optimizer = ProjectedSGD([p], lr=0.1, c=1.0)
+    p.grad = torch.ones_like(p)
+    optimizer.zero_grad(set_to_none=to_none)
+    optimizer.step()  # without gradients torch's own step does nothing either
+    assert (longest(p) <= 1) is not to_none
 
 
-def test_scheduler_moves_lr_and_the_bound_stays(cls):
-    model = network()
-    optimizer = cls(model.parameters(), lr=0.5, c=0.3)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    for step in range(3):
-        train(model, optimizer, range(step, step + 1))
-        scheduler.step()
-        assert norms(model[0].weight).max() <= 0.3
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0625)
-
-
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
-def test_a_copy_goes_on_as_the_original_would(cls, way):
-    model = network()
-    optimizer = cls(model.parameters(), lr=0.05, c=0.5)
-    train(model, optimizer, range(5))
-    if way == "deepcopy":
-        twin, copied = copy.deepcopy((model, optimizer))
-    elif way == "pickle":
-        twin, copied = pickle.loads(pickle.dumps((model, optimizer)))
-    else:
-        twin = copy.deepcopy(model)
-        copied = cls(twin.parameters(), lr=0.7, c=77.0)
-        copied.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert copied.param_groups[0]["c"] == 0.5
-    assert type(copied) is cls
-    expected, found = train(model, optimizer, range(5, 10)), train(twin, copied, range(5, 10))
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert norms(twin[0].weight).max() <= 0.5
-
-
-# --------------------------------------------------------------------------------------------------------------- hooks
+def test_groups_added_later_are_held_and_a_refused_one_changes_nothing():
+    first, late, free = weight(), weight(), weight()
+    optimizer = ProjectedSGD([first], lr=0.1, c=1.0)
+    with pytest.raises(ValueError, match="axis 7 is out of range"):
+        optimizer.add_param_group({"params": [weight()], "axis": 7})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": iter([late]), "lr": 0.2})
+    optimizer.add_param_group({"params": free, "c": None})
+    step(optimizer)
+    assert longest(first) <= 1
+    assert longest(late) <= 1
+    assert bool((free == 5).all())
 
 
 @pytest.mark.parametrize("used_before", ["stock", "projected", "nothing"])
-def test_hooks_run_once_and_see_projected_weights(cls, used_before):
+def test_hooks_run_once_and_see_projected_weights(used_before):
     """torch wraps `step` of every class when it is first used; both orders must leave one wrapper in force."""
+    inner = type("Fresh", (torch.optim.Adam,), {})
+    cls = projected(inner)
     if used_before != "nothing":
         other = network()
-        train(other, (CLASSES[cls] if used_before == "stock" else cls)(other.parameters(), lr=0.1), range(1))
-    model = network()
-    optimizer = cls(model.parameters(), lr=5.0, c=0.25)
-    seen: dict[str, list[float]] = {"pre": [], "post": [], "global pre": [], "global post": []}
-
-    def note(where):
-        return lambda *_: seen[where].append(norms(model[0].weight).max())
-
-    optimizer.register_step_pre_hook(note("pre"))
-    optimizer.register_step_post_hook(note("post"))
+        train(other, (inner if used_before == "stock" else cls)(other.parameters(), lr=0.1), range(1))
+    p, seen = weight(), {"pre": [], "post": [], "global pre": [], "global post": []}
+    optimizer = cls([p], lr=5.0, c=0.25)
+    notes = {where: lambda *_, where=where: seen[where].append(longest(p)) for where in seen}
+    optimizer.register_step_pre_hook(notes["pre"])
+    optimizer.register_step_post_hook(notes["post"])
     handles = [
-        register_optimizer_step_pre_hook(note("global pre")),
-        register_optimizer_step_post_hook(note("global post")),
+        register_optimizer_step_pre_hook(notes["global pre"]),
+        register_optimizer_step_post_hook(notes["global post"]),
     ]
     try:
-        train(model, optimizer, range(3))
+        for _ in range(3):
+            step(optimizer, 1.0)
     finally:
         for handle in handles:
             handle.remove()
@@ -224,76 +382,32 @@ def test_hooks_run_once_and_see_projected_weights(cls, used_before):
     assert seen["pre"][0] > 0.25
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+def test_differentiable_the_projection_has_its_derivative():
+    """d loss(w₁) / d w₀ through the step and the projection, against central differences."""
+    torch.manual_seed(0)
+    start, gradient, probe = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    start[0] *= 0.01  # one vector stays inside
 
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"c": 0}, ValueError, r"c=0\.0 must be positive"),
-        ({"c": -1.0}, ValueError, "c=-1.0 must be positive"),
-        ({"c": float("nan")}, ValueError, "c=nan must be positive"),
-        ({"c": float("inf")}, ValueError, "c=inf must be positive and finite"),
-        ({"c": "4"}, TypeError, "c='4' is not a number"),
-        ({"c": True}, TypeError, "c=True is not a number"),
-        ({"c": 4.0, "axis": 2}, ValueError, r"axis 2 is out of range for 0\.weight with shape \(5, 6\)"),
-        ({"c": 4.0, "axis": (0, 0)}, ValueError, r"names an axis of 0\.weight with shape \(5, 6\) twice"),
-        ({"c": 4.0, "axis": "fan_out"}, ValueError, "axis='fan_out' is not known"),
-        ({"c": 4.0, "axis": 1.5}, TypeError, "axis=1.5 is not an axis"),
-        ({"c": 4.0, "constraint": MaxNorm(3.0)}, ValueError, "c=4.0 or constraint=.*, not both"),
-        ({"constraint": MaxNorm}, TypeError, "is no constraint: pass one such as"),
-    ],
-)
-@pytest.mark.parametrize("where", ["constructor", "group"])
-def test_bad_settings_are_refused_when_they_are_made(cls, settings, error, message, where):
-    named = network().named_parameters()
-    params, own = ([{"params": named, **settings}], {}) if where == "group" else (named, settings)
-    with pytest.raises(error, match=message):
-        cls(params, lr=0.1, **own)
-
-
-def test_an_integer_parameter_is_named(cls):
-    counts = torch.zeros(3, 2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="counts has dtype int64"):
-        cls([("counts", counts)], c=4.0)
-    with pytest.raises(TypeError, match="parameter 1 of group 0 has dtype int64"):
-        cls([torch.zeros(3, 2), counts], c=4.0)
-
-
-def test_a_refused_group_leaves_the_optimizer_as_it_was(cls):
-    model = network()
-    optimizer = cls(model[0].parameters(), lr=0.5, c=0.5)
-    with pytest.raises(ValueError, match="axis 7 is out of range"):
-        optimizer.add_param_group({"params": model[2].parameters(), "axis": 7})
-    assert len(optimizer.param_groups) == 1
-    train(model, optimizer, range(3))
-    assert norms(model[0].weight).max() <= 0.5
-
-
-@pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.parametrize("bad", [0, float("nan"), "4", torch.tensor(-1.0), np.array([1.0, 2.0]), object()])
-def test_a_bad_c_in_a_running_optimizer_raises_before_anything_moves(cls, bad, fused):
-    model = network()
-    optimizer = cls([{"params": [p]} for p in model.parameters()], lr=0.1, c=4.0, fused=fused)
-    before = [p.detach().clone() for p in model.parameters()]
-    backward(model)
-    optimizer.param_groups[-1]["c"] = bad
-    with pytest.raises((TypeError, ValueError), match="c"):
+    def loss(w0):
+        w = w0.clone()
+        optimizer = ProjectedSGD([w], lr=0.1, differentiable=True, c=1.0)
+        w.grad = gradient
         optimizer.step()
-    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
-    assert not optimizer.state
+        return (w * probe).sum()
+
+    w0 = start.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(w0), w0)
+    numeric = torch.zeros_like(start)
+    for i in range(3):
+        for j in range(4):
+            e = torch.zeros_like(start)
+            e[i, j] = 1e-6
+            numeric[i, j] = (loss(start + e).detach() - loss(start - e).detach()) / 2e-6
+    torch.testing.assert_close(slope, numeric, rtol=1e-6, atol=1e-8)
+    assert bool((slope[0] == probe[0]).all())
 
 
-def test_what_is_no_constraint_in_a_running_optimizer_raises_before_anything_moves(cls):
-    model = network()
-    before = model[0].weight.detach().clone()
-    backward(model)
-    for keys in ({"constraint": "max"}, {"constraint": UnitNorm(), "c": 0.5}):
-        optimizer = cls(model.parameters(), lr=0.1, c=4.0)
-        optimizer.param_groups[0].update(keys)
-        with pytest.raises((TypeError, ValueError), match=r"is no constraint|goes with MaxNorm"):
-            optimizer.step()
-    assert torch.equal(model[0].weight, before)
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize(
@@ -304,21 +418,17 @@ def test_what_is_no_constraint_in_a_running_optimizer_raises_before_anything_mov
         {"c": 2.0, "axis": range(1, 2)},
         {"c": 2.0, "axis": Split(0, 1, (1, 2))},
         {"constraint": MaxNorm(np.float32(2.0), Split(0, 1, (1, 2)))},
+        {"constraint": MinMaxNorm(1, 2, axis=0)},
     ],
 )
-def test_a_checkpoint_has_plain_types_whatever_c_and_axis_came_as(keys):
-    def made() -> ProjectedSGD:
+def test_a_checkpoint_has_plain_types_whatever_the_settings_came_as(keys):
+    def made():
         return ProjectedSGD([network()[0].weight], lr=0.1, **keys)
 
-    file = io.BytesIO()
-    torch.save(made().state_dict(), file)
-    file.seek(0)
     loaded, fresh = made(), made()
-    loaded.load_state_dict(torch.load(file, weights_only=True))
+    loaded.load_state_dict(saved_and_loaded(made().state_dict()))
     for optimizer in (loaded, fresh):
-        (p,) = optimizer.param_groups[0]["params"]
-        p.grad = torch.full_like(p, 50.0)
-        optimizer.step()
+        step(optimizer, 50.0)
     assert torch.equal(loaded.param_groups[0]["params"][0], fresh.param_groups[0]["params"][0])
     assert loaded.param_groups[0]["axis"] == fresh.param_groups[0]["axis"]
 
@@ -326,40 +436,133 @@ def test_a_checkpoint_has_plain_types_whatever_c_and_axis_came_as(keys):
 def test_a_grouped_transposed_convolution_goes_through_a_checkpoint():
     model = torch.nn.ConvTranspose1d(4, 6, 3, groups=2)
     optimizer = ProjectedSGD(param_groups(model, MaxNorm(0.1)), lr=0.1)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    optimizer.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     assert optimizer.param_groups[0]["axis"] == optimizer.param_groups[0]["constraint"].axis
 
 
-@pytest.mark.parametrize("keys", [{"c": 2.0, "axis": 0}, {"constraint": MaxNorm(2.0)}, {"constraint": UnitNorm(0)}])
-def test_groups_of_a_projected_optimizer_are_taken_over(cls, keys):
-    optimizer = cls(network().parameters(), lr=0.1, **keys)
-    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    optimizer.add_param_group({**settings, "params": [network()[0].weight]})
-    again = cls(optimizer.param_groups)
-    for group in [optimizer.param_groups[1], *again.param_groups]:
-        assert {k: v for k, v in group.items() if k != "params"} == settings
+def test_a_state_that_does_not_fit_is_not_loaded():
+    p = weight()
+    optimizer = ProjectedAdam([p], lr=0.1, c=1.0)
+    step(optimizer)
+    before = saved_and_loaded(optimizer.state_dict())
+    for change in ({"axis": 2}, {"c": -1.0}, {"metric": "odd"}, {"constraint": MaxNorm(2.0).config()}):
+        saved = saved_and_loaded(before)
+        saved["param_groups"][0] |= change
+        with pytest.raises(ValueError, match=r"out of range|positive|known|disagree"):
+            optimizer.load_state_dict(saved)
+    for other in ([weight(), weight()], [{"params": [weight()]}, {"params": [weight()]}]):
+        with pytest.raises(ValueError, match=r"parameter group"):
+            optimizer.load_state_dict(ProjectedAdam(other).state_dict())
+    assert same(saved_and_loaded(optimizer.state_dict()), before)
+    step(optimizer, 1.0)
+    assert longest(p) <= 1
 
 
-@pytest.mark.parametrize(
-    ("keys", "group", "error", "message"),
-    [
-        ({"c": np.array([1.0, 2.0])}, {}, TypeError, r"c is an array of shape \(2,\)"),
-        ({"c": torch.ones(2)}, {}, TypeError, r"c is an array of shape \(2,\)"),
-        ({"c": 4.0, "without_grad": "no"}, {}, TypeError, "without_grad='no' is not known"),
-        ({"constraint": NonNegative()}, {"axis": 0}, ValueError, r"axis=0 has no meaning for NonNegative\(\)"),
-    ],
-)
-def test_more_settings_that_cannot_be_honoured_are_errors(keys, group, error, message):
-    with pytest.raises(error, match=message):
-        ProjectedSGD([{"params": network().parameters(), **group}], lr=0.1, **keys)
+def old_kind(name, params):
+    """An optimizer of the kind that wrote `state_dicts_0.1.0.pt`, with settings that the file replaces."""
+    if name == "SGD":
+        return ProjectedSGD(params, lr=9.0, c=9.0)
+    if name == "rules":
+        return ProjectedSGD([{"params": [params[0]], "c": 9.0}, {"params": [params[1]]}], lr=9.0)
+    if name == "sphere":
+        return ProjectedAdam(params, lr=9.0, constraint=Sphere("initial"))
+    return hyperball(torch.optim.Adam)(params, lr=9.0)
 
 
-def test_a_hook_with_the_names_of_another_model_is_an_error():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="nothing would be projected"):
-        project_after_step(optimizer, MaxNorm(4.0), copy.deepcopy(model))
-    project_after_step(optimizer, MaxNorm(4.0), model[0])  # a part of the model is enough
+@pytest.mark.parametrize("name", ["SGD", "rules", "sphere", "hyperball"])
+def test_what_version_0_1_0_saved_goes_on_as_it_did_there(name):
+    """Momentum and c, a `Split`, initial radii, a shaped update; the file has the result of the next step, too."""
+    old = torch.load(Path(__file__).parent / "data" / "state_dicts_0.1.0.pt", weights_only=True)[name]
+    params = [torch.nn.Parameter(p * 3) for p in old["before"]]  # radii are those of the file
+    optimizer = old_kind(name, params)
+    optimizer.load_state_dict(old["state"])
+    for p, before, gradient in zip(params, old["before"], old["grads"], strict=True):
+        p.data.copy_(before)
+        p.grad = gradient
+    optimizer.step()
+    for p, after in zip(params, old["after"], strict=True):
+        torch.testing.assert_close(p.detach(), after, rtol=1e-6, atol=1e-7)
+    again = optimizer.state_dict()
+    assert again["param_groups"] == old["state"]["param_groups"]
+    assert {i: s.keys() for i, s in again["state"].items()} == {i: s.keys() for i, s in old["state"]["state"].items()}
+
+
+# ------------------------------------------------------------------------------------------------- classes of one's own
+
+
+class OwnStep(ProjectedSGD):
+    """Does not call super().step()."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+        return "done"
+
+
+class Whole(Projected):
+    """An optimizer that is nothing but a subclass of `Projected`."""
+
+    def __init__(self, params, lr=0.1, **settings):
+        super().__init__(params, {"lr": lr}, **settings)
+
+    step = OwnStep.step.__wrapped__
+
+
+class SometimesSuper(ProjectedSGD):
+    turns = 0
+
+    def step(self, closure=None):
+        self.turns += 1
+        return None if self.turns % 2 else super().step(closure)
+
+
+class Logging(torch.optim.SGD):
+    def step(self, closure=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().step(closure)
+
+
+class Mixed(Logging, ProjectedSGD):
+    """`step` is found in a class before `Projected`."""
+
+
+class Below(OwnStep):
+    """Inherits it."""
+
+
+@pytest.mark.parametrize("cls", [OwnStep, Whole, SometimesSuper, Mixed, Below, projected(OwnStep), projected(Logging)])
+@pytest.mark.parametrize("constraint", [MaxNorm(1.0), MinMaxNorm(0.5, 1.0)], ids=str)
+def test_a_class_with_a_step_of_its_own_is_projected(cls, constraint):
+    p, seen = weight(), []
+    optimizer = cls([p], lr=0.1, constraint=constraint)
+    optimizer.register_step_post_hook(lambda *_: seen.append(longest(p)))
+    for _ in range(2):
+        step(optimizer, -1.0)
+    np.testing.assert_allclose(norms(p), 1, rtol=1e-5)
+    assert longest(p) <= 1
+    assert seen[-1] <= 1
+    if issubclass(cls, OwnStep):
+        assert optimizer.step() == "done"
+    twin = copied("deepcopy", optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    step(twin, -1.0)
+    assert longest(q) <= 1
+
+
+def test_an_update_that_a_step_of_ones_own_does_not_shape_is_an_error():
+    p = weight()
+    optimizer = OwnStep([p], lr=0.1, c=1.0, update=RelativeUpdate())
+    with pytest.raises(RuntimeError, match=r"OwnStep.step did not call super\(\).step\(\)"):
+        step(optimizer, 1.0)
+    optimizer = SometimesSuper([p], lr=0.1, c=1.0, update=RelativeUpdate())
+    for _ in range(2):
+        step(optimizer, 1.0)  # the turn without a step has not written anything
+    assert longest(p) <= 1
+
+
+def test_a_set_of_entries_in_a_step_of_ones_own():
+    p = weight(value=-5.0)
+    step(OwnStep([p], lr=0.1, constraint=NonNegative()), 1.0)
+    assert bool((p == 0).all())

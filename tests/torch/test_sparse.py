@@ -10,7 +10,7 @@ from torch import nn
 
 from projgd import MaxNorm, NonNegative, UnitNorm
 from projgd.torch import ProjectedAdagrad, ProjectedSGD, ProjectedSparseAdam, project_after_step, projected
-from projgd.torch import project as door
+from projgd.torch.engines import rows
 
 C = 1.0
 MAKERS = {
@@ -69,13 +69,13 @@ def test_rows_that_no_step_touches_are_not_touched(monkeypatch):
     step(table, optimizer, 0)
     before = table.weight.detach().clone()
     sizes = []
-    project = door.project_whole
+    project = rows.project_with
 
-    def counted(params, *rest):
+    def counted(engines, job, params):
         sizes.extend(p.shape[0] for p in params)
-        project(params, *rest)
+        project(engines, job, params)
 
-    monkeypatch.setattr(door, "project_whole", counted)
+    monkeypatch.setattr(rows, "project_with", counted)
     tokens = step(table, optimizer, 1)
     changed = (table.weight != before).any(1).nonzero().flatten().tolist()
     assert set(changed) <= set(tokens.tolist())

@@ -12,7 +12,6 @@ from torch.optim import lr_scheduler, swa_utils
 
 from projgd import MaxNorm, UnitNorm
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, project_after_step
-from projgd.torch.project import project_group
 
 C = 0.5
 
@@ -257,8 +256,9 @@ def test_off_the_cpu_no_number_is_read_back(made, options, skip):
     for p in params:
         p.grad = torch.empty_like(p)
     optimizer.step()
-    with torch.no_grad():
-        project_group(optimizer.param_groups[0], torch.zeros((), device="meta") if skip else None)
+    if skip:
+        optimizer.found_inf = torch.zeros((), device="meta")
+        optimizer._project({})
 
 
 def test_differentiable_the_projection_has_its_derivative():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as xp
@@ -29,7 +29,7 @@ from projgd.torch.engines.base import PLAIN, Engine, Job, is_alike, rows_in_memo
 from projgd.torch.metrics import OfStep
 
 if TYPE_CHECKING:
-    from projgd.torch.engines import cpu_kernel
+    from projgd.torch.engines.cpu_kernel import Tables
 
 _address, _stride = Tensor.data_ptr, Tensor.stride  # for `map`: with many small tensors, Python is what takes time
 
@@ -48,32 +48,25 @@ class Cpu(Engine):
 
         names = _state_names(job)
         states = [job.optimizer.state[p] for p in params] if names else []
-        starts = [job.inner is SGD and state.get("momentum_buffer") is None for state in states]
+        starting = [k for k, s in enumerate(states) if job.inner is SGD and s.get("momentum_buffer") is None]
         for p, state in zip(params, states, strict=False):
             _add_missing(state, p, names)
         read = {name: [state[name] for state in states] for name in names}
-        addresses = [list(map(_address, params))] * 2 + [list(map(_address, read[k])) for k in names if k != "step"]
-        layout = _lay_out(job, params)
-        tables = Tables(
-            addresses + addresses[-1:] * (5 - len(addresses)),
-            list(map(_address, read.get("step", []))),
-            layout.tensors,
-            layout.bands,
-        )
-        starting = [k for k, is_first in enumerate(starts) if is_first]
-        return _Prepared(tables, layout.sources, job.constraint, starting, [read, *job.radii.values()])
+        table = [list(map(_address, tensors)) for tensors in (params, params, *(read[k] for k in names if k != "step"))]
+        table += table[-1:] * (5 - len(table))  # one for the gradients, three for states
+        sources, bands, rows = _lay_out(job, params)
+        tables = Tables(table, list(map(_address, read.get("step", []))), rows, bands)
+        return _Prepared(tables, sources, job.constraint, starting, [read, *job.radii.values()])
 
     def run(self, prepared: _Prepared, job: Job, params: Sequence[Tensor]) -> None:
         if job.skip is not None and job.skip.item() > 0:
             for k in prepared.starting:
                 job.optimizer.state[params[k]].pop("momentum_buffer", None)  # it holds no momentum yet
             return
-        if job.constraint is not prepared.constraint:
-            prepared.write_bands(job)
         grads: list[Any] = [p.grad for p in params]
         scale = getattr(job.optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else float(scale)
-        unsettled = prepared.step(list(map(_address, grads)), job, scale)
+        unsettled = prepared.step(job, list(map(_address, grads)), scale)
         torch.autograd.graph.increment_version(params if scale == 1 else [*params, *grads])
         for k in unsettled:
             _project_in_metric(params[k], job)
@@ -83,13 +76,14 @@ class Cpu(Engine):
 
         None where a state or a gradient is missing, or a gradient is sparse.
         """
-        names = _state_names(job)
+        names, state = _state_names(job), job.optimizer.state
         grads: list[Any] = [p.grad for p in params]
         try:
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
-            if names:
-                states: list[Any] = list(map(job.optimizer.state.get, params))
-                found += [list(map(_address, map(itemgetter(name), states))) for name in names]
+            if names:  # in the order of the parameters, if it can be, because looking one up runs Python code
+                in_order = len(state) == len(params) and all(map(operator.is_, state, params))
+                states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))
+                found += [list(map(_address, map(operator.itemgetter(name), states))) for name in names]
         except (KeyError, TypeError, RuntimeError):
             return None
         return names, list(map(id, job.radii.values())), found
@@ -174,70 +168,57 @@ class _Prepared:
 
     Attributes:
         tables: what the kernel reads.
-        sources: of each band or row of bands: its first row in the table, a parameter and its vectors.
+        sources: where bands come from: the first row in the table of bands, a parameter, and its vectors.
         constraint: what the bands were made of.
         starting: the parameters whose momentum starts with this step.
         kept: tensors and radii that are known by address or identity, which nobody else can have while they are here.
     """
 
-    tables: cpu_kernel.Tables
-    sources: list[tuple[int, Tensor, Vectors]]
+    tables: Tables
+    sources: list[_Source]
     constraint: Constraint | None
     starting: list[int]
     kept: list[Any]
 
-    def write_bands(self, job: Job) -> None:
-        """Write the bands of another constraint."""
-        for row, p, vectors in self.sources:
-            numbers = _numbers(job.band(p, vectors), vectors)
-            self.tables.bands[row : row + len(numbers)] = numbers
-        self.constraint = job.constraint
-
-    def step(self, grads: list[int], job: Job, scale: float) -> list[int]:
+    def step(self, job: Job, grads: list[int], scale: float) -> list[int]:
         """Run the kernel on gradients at these addresses; return the parameters that need `_project_in_metric`."""
-        from projgd.torch.engines import cpu_kernel
-
         group, tables = job.group, self.tables
-        tables.addresses[cpu_kernel.GRAD] = grads
+        if job.constraint is not self.constraint:
+            for row, p, vectors in self.sources:
+                numbers = _numbers(job.band(p, vectors), vectors)
+                tables.bands[row : row + len(numbers)] = numbers
+            self.constraint = job.constraint
+        tables.addresses[1] = grads
         lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
         if job.inner is SGD:
             tables.factors[:, 0] = 1 - group["dampening"]
             tables.factors[self.starting, 0] = 1
             self.starting = []
-            sgd = cpu_kernel.Sgd(lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale)
-            return tables.run(sgd, None, None)
-        beta1, beta2 = map(float, group["betas"])
+            return tables.run((lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale), None, None)
+        betas, eps = tuple(map(float, group["betas"])), float(group["eps"])
         kind = float(group.get("decoupled_weight_decay", job.inner is AdamW)), float(group["amsgrad"])
-        adam = cpu_kernel.Adam(lr, beta1, beta2, float(group["eps"]), decay, sign, *kind, scale)
-        return tables.run(None, adam, None if job.metric is None else adam.eps)
+        return tables.run(None, (lr, *betas, eps, decay, sign, *kind, scale), None if job.metric is None else eps)
 
 
-@dataclass
-class _Layout:
-    """Where vectors lie, as `cpu_kernel.cut_tiles` reads it; their bands; and where these come from."""
-
-    tensors: list[tuple[int, int, int, int]]
-    bands: list[tuple[float, ...]]
-    sources: list[tuple[int, Tensor, Vectors]]
+_Source = tuple[int, Tensor, Vectors]
 
 
-def _lay_out(job: Job, params: Sequence[Tensor]) -> _Layout:
-    layout = _Layout([], [], [])
+def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[Any], list[Any]]:
+    """Return where bands come from, the bands, and where vectors lie, as `cpu_kernel.cut_tiles` reads it."""
+    sources: list[_Source] = []
+    bands: list[Any] = []
+    rows: list[Any] = []
     places: dict[Any, tuple[int, int]] = {}
     for p in params:
-        vectors, rows = job.vectors(p), rows_in_memory(p, job.vectors(p))
-        assert rows is not None
-        if vectors is None:
-            layout.tensors.append((*rows, -1, 0))
-            continue
+        vectors = job.vectors(p)
         key: Any = id(p) if p in job.radii else vectors
-        if key not in places:
+        if vectors is not None and key not in places:
             numbers = _numbers(job.band(p, vectors), vectors)
-            places[key] = len(layout.bands), int(len(numbers) > 1)
-            layout.sources.append((len(layout.bands), p, vectors))
-            layout.bands += numbers
-        layout.tensors.append((*rows, *places[key]))
-    return layout
+            places[key] = len(bands), int(len(numbers) > 1)
+            sources.append((len(bands), p, vectors))
+            bands += numbers
+        rows.append((*(rows_in_memory(p, vectors) or ()), *places.get(key, (-1, 0))))
+    return sources, bands, rows
 
 
 def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
@@ -251,14 +232,11 @@ def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
     return list(zip(*columns, strict=True))
 
 
+@torch.no_grad()
 def _project_in_metric(p: Tensor, job: Job) -> None:
     """Project a parameter that the kernel has left, because its metric is out of range."""
     vectors, band = job.vectors(p), job.band(p)
-    assert vectors is not None
-    assert band is not None
-    assert job.metric is not None
-    with torch.no_grad():
-        diagonal = job.metric(p)
-        assert diagonal is not None
-        x = metrics.project_band(p.reshape(vectors.shape), diagonal.reshape(vectors.shape), band, vectors.axes, xp)
-        p.copy_(x.reshape(p.shape))
+    diagonal = None if job.metric is None else job.metric(p)
+    if vectors is not None and band is not None and diagonal is not None:
+        x, diagonal = (t.reshape(vectors.shape) for t in (p, diagonal))
+        p.copy_(metrics.project_band(x, diagonal, band, vectors.axes, xp).reshape(p.shape))

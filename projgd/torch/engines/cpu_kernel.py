@@ -1,9 +1,9 @@
 """The kernel of the engine `cpu`: update, norm and rescaling of a vector while it is in cache, all tensors in one call.
 
 A tensor is `count` rows of `length` float32 numbers, one after the other in memory; each row is a vector. The rows are
-cut into tiles, and the tiles are dealt out to threads. Within a tile, a few rows are updated, then their norms are taken
-and those outside of their band are scaled, all while they are in the first-level cache. A row that is longer than a tile
-is shared: its tiles leave their sums of squares, and a second pass rescales.
+cut into tiles, and the tiles are dealt out to threads. Within a tile, a few rows are updated, then their norms are
+taken and those outside of their band are scaled, all while they are in the first-level cache. A row that is longer than
+a tile is shared: its tiles leave their sums of squares, and a second pass rescales.
 
 Sums are taken in float64, where squares of float32 numbers neither over- nor underflow and their sum is as good as
 exact in any order. So `_plus_square` may reorder them, which vectorises the loop. No flag assumes that NaN or infinity
@@ -22,11 +22,10 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
@@ -36,8 +35,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+Rows = Sequence[tuple[int, int, int, int]]
+Table = Sequence[Sequence[float]]
 
 TILE = 1 << 14
 """Entries of a tile: with gradient and states they fit into the second-level cache."""
@@ -51,42 +50,14 @@ BLOCK = 1024
 SHARE = 1 << 17
 """Entries that are worth another thread."""
 
-THREADS: int = cast("Any", numba.config).NUMBA_NUM_THREADS
 TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns of `tiles`
-PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of `table`
-TINY = 2.0**-100
+PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of the table of addresses
 GUESS = 256  # entries of a vector that the first guess at its multiplier looks at
 STEPS = 30  # of the iteration for a multiplier, at most; 2 or 3 are usual
 LIGHTEST, HEAVIEST = (
     (127 - 50) << 23,
     (127 + 50) << 23,
 )  # bits of 2^-50 and 2^50: no power of such a D over- or underflows
-
-
-class Sgd(NamedTuple):
-    """Hyperparameters of torch.optim.SGD, as the kernel reads them."""
-
-    lr: float
-    momentum: float
-    decay: float
-    sign: float
-    nesterov: float
-    scale: float  # what gradients are divided by first: GradScaler's scale, 1 without one
-
-
-class Adam(NamedTuple):
-    """Hyperparameters of torch.optim.Adam and AdamW, as the kernel reads them."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    decay: float
-    sign: float
-    decoupled: float
-    amsgrad: float
-    scale: float
-
 
 _exact = njit(error_model="numpy")
 _finite = njit(error_model="numpy", fastmath=True)
@@ -223,18 +194,6 @@ def _sum_squares(address: int, start: int, size: int) -> float:
 
 
 @_exact
-def _scale(x: Any, factor: float) -> None:
-    """Multiply x; in float64 where the factor is subnormal or infinite in float32, such as 1e-3 / 3e38."""
-    if TINY < factor < 1 / TINY:
-        short = np.float32(factor)
-        for i in range(x.size):
-            x[i] *= short
-    else:
-        for i in range(x.size):
-            x[i] = np.float32(x[i] * factor)
-
-
-@_exact
 def _is_inside(square: float, low: float, high: float) -> bool:
     """Whether a vector with this sum of squares surely stays: without a root, and without a call for every vector."""
     return low * low * (1 + 2.0**-50) <= square <= high * high * (1 - 2.0**-50)
@@ -251,41 +210,57 @@ def _factor(norm: float, band: Any) -> Any:
 
 
 @_exact
-def _measure_metric(x: Any, v: Any, root: float, eps: float, scale: float, y: Any, d: Any) -> Any:
-    """Write y = x · scale and D = √v / root + ε; return whether `_find_multiplier` can work with this D."""
-    factor, divisor, least = np.float32(scale), np.float32(root), np.float32(eps)
-    low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
-    bits = d.view(np.uint32)  # in the order of the numbers, then NaN and negative ones
+def _scale(x: Any, factor: float) -> None:
+    """Multiply x; in float64 where the factor is subnormal or infinite in float32, such as 1e-3 / 3e38."""
+    if 2.0**-100 < factor < 2.0**100:
+        short = np.float32(factor)
+        for i in range(x.size):
+            x[i] *= short
+    else:
+        for i in range(x.size):
+            x[i] = np.float32(x[i] * factor)
+
+
+@_exact
+def _project(eps: Any, square: float, arrays: Any, at: int, k: int, start: int, size: int, space: Any) -> None:
+    """Project a vector, or without a metric a part of one, of this sum of squares, onto `bands[at]`."""
+    table, _, factors, bands, _, unsettled = arrays
+    norm = math.sqrt(square)
+    factor = _factor(norm, bands[at])
+    if factor == 1:
+        return
+    x, v = _view(table[PARAM, k], start, size), _view(table[LARGEST, k], start, size)
+    if eps is None:
+        _scale(x, factor)
+    elif not _project_in_metric(x, v, factors[k, 1], eps, norm, bands[at, 3], space):
+        unsettled[k] = 1
+
+
+@_exact
+def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, goal: float, space: Any) -> bool:
+    """Move x to the nearest point of norm `goal`, which is less than its `norm`, in D = √v / root + ε, if it can."""
+    y, d = space[0, : x.size], space[1, : x.size]
+    if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal and _weigh(x, v, root, eps, goal, y, d)):
+        return False
+    multiplier = _find_multiplier(y, d, norm / goal)
+    if multiplier < 0:
+        return False
+    scale = np.float32(goal / _shrink(y, d, multiplier))
+    for i in range(x.size):
+        x[i] = y[i] * scale
+    return True
+
+
+@_exact
+def _weigh(x: Any, v: Any, root: float, eps: float, goal: float, y: Any, d: Any) -> Any:
+    """Write y = x / goal and D = √v / root + ε; return whether `_find_multiplier` can work with this D."""
+    factor, divisor, least = np.float32(1 / goal), np.float32(root), np.float32(eps)
+    low, high, bits = np.uint32(0xFFFFFFFF), np.uint32(0), d.view(np.uint32)  # ordered as the numbers, then NaN
     for i in range(y.size):
         y[i] = x[i] * factor
         d[i] = np.sqrt(v[i]) / divisor + least
         low, high = min(low, bits[i]), max(high, bits[i])
     return low >= LIGHTEST and high <= HEAVIEST
-
-
-@_finite
-def _sum_block(y: Any, d: Any, multiplier: Any) -> Any:
-    one, zeroth, first, second = np.float32(1), np.float32(0), np.float32(0), np.float32(0)
-    for i in range(y.size):
-        inverse = one / (d[i] + multiplier)
-        x = y[i] * (d[i] * inverse)
-        h = x * inverse
-        zeroth += x * x
-        first += x * h
-        second += h * h
-    return zeroth, first, second
-
-
-@_exact
-def _sum_moments(y: Any, d: Any, multiplier: float) -> Any:
-    """Return Σ x², Σ x² / (D + λ) and Σ x² / (D + λ)² of x = y · D / (D + λ)."""
-    zeroth, first, second = 0.0, 0.0, 0.0
-    for start in range(0, y.size, BLOCK):
-        block = _sum_block(y[start : start + BLOCK], d[start : start + BLOCK], np.float32(multiplier))
-        zeroth += block[0]
-        first += block[1]
-        second += block[2]
-    return zeroth, first, second
 
 
 @_exact
@@ -315,8 +290,29 @@ def _find_multiplier(y: Any, d: Any, norm: float) -> Any:
     return -1.0
 
 
+@_exact
+def _sum_moments(y: Any, d: Any, multiplier: float) -> Any:
+    """Return Σ x², Σ x² / (D + λ) and Σ x² / (D + λ)² of x = y · D / (D + λ)."""
+    zeroth, first, second = 0.0, 0.0, 0.0
+    for start in range(0, y.size, BLOCK):
+        block = _sum_block(y[start : start + BLOCK], d[start : start + BLOCK], np.float32(multiplier))
+        zeroth, first, second = zeroth + block[0], first + block[1], second + block[2]
+    return zeroth, first, second
+
+
 @_finite
-def _weigh(y: Any, d: Any, multiplier: float) -> float:
+def _sum_block(y: Any, d: Any, multiplier: Any) -> Any:
+    zeroth = first = second = np.float32(0)
+    for i in range(y.size):
+        inverse = np.float32(1) / (d[i] + multiplier)
+        x = y[i] * (d[i] * inverse)
+        h = x * inverse
+        zeroth, first, second = zeroth + x * x, first + x * h, second + h * h
+    return zeroth, first, second
+
+
+@_finite
+def _shrink(y: Any, d: Any, multiplier: float) -> float:
     """Make y the x(λ) of `_sum_moments`, and return its norm."""
     short, total = np.float32(multiplier), 0.0
     for i in range(y.size):
@@ -326,78 +322,27 @@ def _weigh(y: Any, d: Any, multiplier: float) -> float:
     return math.sqrt(total)
 
 
-@_exact
-def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, band: Any, space: Any) -> bool:
-    """Move x, a vector above its band, to the nearest point of its new norm in D = √v / root + ε, if it can."""
-    goal = band[3]
-    y, d = space[0, : x.size], space[1, : x.size]
-    if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal):
-        return False
-    if not _measure_metric(x, v, root, eps, 1 / goal, y, d):
-        return False
-    multiplier = _find_multiplier(y, d, norm / goal)
-    if multiplier < 0:
-        return False
-    scale = np.float32(goal / _weigh(y, d, multiplier))
-    for i in range(x.size):
-        x[i] = y[i] * scale
-    return True
-
-
-@_exact
-def _project(
-    eps: Any,
-    square: float,
-    band: Any,
-    k: int,
-    start: int,
-    size: int,
-    table: Any,
-    factors: Any,
-    unsettled: Any,
-    space: Any,
-) -> None:
-    """Project a vector, or without a metric a part of one, whose sum of squares is known."""
-    norm = math.sqrt(square)
-    factor = _factor(norm, band)
-    if factor == 1:
-        return
-    x = _view(table[PARAM, k], start, size)
-    if eps is None:
-        _scale(x, factor)
-    elif not _project_in_metric(x, _view(table[LARGEST, k], start, size), factors[k, 1], eps, norm, band, space):
-        unsettled[k] = 1
-
-
-def step(
-    sgd: Any,
-    adam: Any,
-    eps: Any,
-    table: Any,
-    counters: Any,
-    factors: Any,
-    tiles: Any,
-    ranges: Any,
-    bands: Any,
-    sums: Any,
-    unsettled: Any,
-) -> None:
+def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) -> None:
     """Run one optimizer step and its projection for all tensors.
 
     Args:
-        sgd, adam: the hyperparameters, `Sgd` or `Adam`, and None for the other: the kernel is compiled for each.
-        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, v being last in `table`.
-        table: int64 (5, tensors): addresses of parameter, gradient and three states.
-        counters: int64 (tensors,): addresses of Adam's step counts; otherwise empty.
-        factors: float64 (tensors, 2): for SGD, the first column is what the gradient is multiplied by before it is
-            added to the momentum; for Adam it is written here.
+        sgd: lr, momentum, weight decay, sign of the gradient, whether nesterov, and what gradients are divided by
+            first: GradScaler's scale, or 1. None for Adam: the kernel is compiled for each.
+        adam: lr, beta1, beta2, ε, weight decay, sign, whether the decay is decoupled, whether amsgrad, scale. None for
+            SGD.
+        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, v being last in the addresses.
+        arrays: addresses: int64 (5, tensors), of parameter, gradient and three states;
+            counters: int64 (tensors,), addresses of Adam's step counts, otherwise empty;
+            factors: float64 (tensors, 2), for SGD the first column is what the gradient is multiplied by before it is
+            added to the momentum, for Adam it is written here;
+            bands: float64 (bands, 5), low, high, up, down, pull;
+            sums: float64 (tiles,), written here by tiles that share a vector;
+            unsettled: int64 (tensors,), becomes 1 where the metric is out of range, and the tensor needs
+            `projgd.metrics.project_band`.
         tiles: int64 (tiles, 8), see `cut_tiles`.
         ranges: int64 (threads + 1,): which tiles are whose.
-        bands: float64 (bands, 5): low, high, up, down, pull.
-        sums: float64 (tiles,): written here by tiles that share a vector.
-        unsettled: int64 (tensors,): becomes 1 where the metric is out of range, and the tensor needs
-            `projgd.metrics.project_band`.
     """
+    table, counters, factors, bands, sums, _ = arrays
     if adam is not None:
         _count(adam, counters, factors)
     longest, is_shared = 1, False
@@ -427,19 +372,18 @@ def step(
                     if tile[PARTS] > 1:
                         sums[i] = square
                     elif not _is_inside(square, bands[at, 0], bands[at, 1]):
-                        _project(eps, square, bands[at], k, first, length, table, factors, unsettled, space)
+                        _project(eps, square, arrays, at, k, first, length, space)
     if is_shared:
         for t in prange(len(ranges) - 1):
             space = np.empty((2, longest if eps is not None else 1), np.float32)
             for i in range(ranges[t], ranges[t + 1]):
                 tile = tiles[i]
-                first, parts, length = tile[FIRST], tile[PARTS], tile[LENGTH]
-                if parts == 1 or (eps is not None and first != i):
-                    continue
-                if eps is not None:
-                    length = tiles[first : first + parts, LENGTH].sum()
-                square, band = sums[first : first + parts].sum(), bands[tile[BAND]]
-                _project(eps, square, band, tile[TENSOR], tile[START], length, table, factors, unsettled, space)
+                first, end, length = tile[FIRST], tile[FIRST] + tile[PARTS], tile[LENGTH]
+                if eps is not None:  # whole vectors
+                    length = tiles[first:end, LENGTH].sum() if first == i else 0
+                if tile[PARTS] > 1 and length > 0:
+                    square = sums[first:end].sum()
+                    _project(eps, square, arrays, tile[BAND], tile[TENSOR], tile[START], length, space)
 
 
 def _compile() -> Any:
@@ -459,58 +403,45 @@ class Tables:
     """What the kernel reads and writes, for tensors that stay where they are.
 
     Attributes:
-        addresses, counters, factors, bands: see `step`. The addresses of gradients change from step to step, `bands`
-            change with the constraint.
+        addresses, counters, factors, bands: see `step`. The addresses of gradients change from step to step, and the
+            bands with the constraint.
     """
 
-    def __init__(
-        self,
-        addresses: Sequence[Sequence[int]],
-        counters: Sequence[int],
-        tensors: Sequence[tuple[int, int, int, int]],
-        bands: Sequence[Sequence[float]],
-    ) -> None:
+    def __init__(self, addresses: Table, counters: Sequence[int], tensors: Rows, bands: Table) -> None:
         """Lay out the tables; `tensors` as in `cut_tiles`."""
         self.addresses, self.counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
         self.factors, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
         self._tiles = cut_tiles(tensors)
         self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
-        self._entries = sum(count * length for count, length, *_ in tensors)
-        self._ranges: dict[int, Ints] = {}  # by the number of threads
+        self._most = 1 + sum(count * length for count, length, *_ in tensors) // SHARE  # threads that they are worth
+        self._ranges: dict[int, Any] = {}  # by the number of threads
 
-    def run(self, sgd: Sgd | None, adam: Adam | None, eps: float | None) -> list[int]:
-        """Run `step` with these hyperparameters, and return the tensors that it could not settle."""
-        threads = min(torch.get_num_threads(), THREADS, 1 + self._entries // SHARE)
+    def run(self, *hyperparameters: Any) -> list[int]:
+        """Run `step` with `sgd`, `adam` and `eps`, and return the tensors that it could not settle."""
+        threads = min(torch.get_num_threads(), self._most)
         if threads not in self._ranges:
             self._ranges[threads] = deal_out(self._tiles, threads)
-        # Plain tuples, because numba takes 0.1 ms to find the type of a NamedTuple.
-        given = sgd and tuple(sgd), adam and tuple(adam), eps
-        where = self.addresses, self.counters, self.factors, self._tiles, self._ranges[threads]
-        with _launching(threads, tuple(map(type, given))):
-            _run(*given, *where, self.bands, self._sums, self._unsettled)
-        unsettled: list[int] = np.flatnonzero(self._unsettled).tolist() if eps is not None else []
-        self._unsettled[:] = 0
+        arrays = self.addresses, self.counters, self.factors, self.bands, self._sums, self._unsettled
+        _launch(threads, (*hyperparameters, arrays, self._tiles, self._ranges[threads]))
+        unsettled: list[int] = np.flatnonzero(self._unsettled).tolist()
+        self._unsettled[unsettled] = 0
         return unsettled
 
 
-def _launching(threads: int, variant: tuple[type, ...]) -> contextlib.AbstractContextManager[Any]:
-    """Be alone in this process, on so many threads; alone on this machine where the kernel may have to be compiled."""
-    return _lock if threads == THREADS and variant in _ready else _prepared(threads, variant)
-
-
-@contextlib.contextmanager
-def _prepared(threads: int, variant: tuple[type, ...]) -> Iterator[None]:
-    of_torch = torch.get_num_threads()
-    before = numba.get_num_threads()
-    if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP that both use how many
-        torch.set_num_threads(of_torch)
+def _launch(threads: int, operands: tuple[Any, ...]) -> None:
+    """Run the kernel, alone in this process; alone on this machine where it may have to be compiled."""
+    variant = tuple(map(type, operands))
     with _lock, contextlib.nullcontext() if variant in _ready else _compiling():
+        of_torch = torch.get_num_threads()
+        before = numba.get_num_threads()
+        if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP of both how many
+            torch.set_num_threads(of_torch)
         numba.set_num_threads(min(threads, before))
         try:
-            yield
-            _ready.add(variant)
+            _run(*operands)
         finally:
             numba.set_num_threads(before)
+        _ready.add(variant)
 
 
 @contextlib.contextmanager
@@ -526,7 +457,7 @@ def _compiling() -> Iterator[None]:
         yield  # closing the file releases the lock
 
 
-def cut_tiles(tensors: Sequence[tuple[int, int, int, int]]) -> Ints:
+def cut_tiles(tensors: Rows) -> Any:
     """Return the tiles that the kernel walks over, a row each.
 
     Its columns are: the tensor; where its first vector starts; how many vectors, and of how many entries; the row in
@@ -549,7 +480,7 @@ def cut_tiles(tensors: Sequence[tuple[int, int, int, int]]) -> Ints:
     return np.array(rows, dtype=np.int64).reshape(-1, 8)
 
 
-def deal_out(tiles: Ints, threads: int) -> Ints:
+def deal_out(tiles: Any, threads: int) -> Any:
     """Return which tiles are whose: ranges with about the same number of entries."""
     ends = np.concatenate([[0], np.cumsum(tiles[:, COUNT] * tiles[:, LENGTH])])
     cuts = np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1))

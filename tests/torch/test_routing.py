@@ -1,0 +1,160 @@
+"""One table decides which engine takes a parameter, and what it decided is the report that the user reads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from projgd import Box, MaxNorm, UnitNorm
+from projgd.torch import ProjectedAdam, ProjectedSGD, ProjectedSparseAdam, project_after_step, routing
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Which engine has run for which parameter, by its id."""
+    found = {}
+
+    def traced(original):
+        def run(self, prepared, job, params):
+            found.update({id(p): self.name for p in params})
+            original(self, prepared, job, params)
+
+        return run
+
+    for cls in map(type, routing.ENGINES):
+        monkeypatch.setattr(cls, "run", traced(cls.run))
+    return found
+
+
+def model():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.ConvTranspose1d(4, 3, 2), torch.nn.Linear(5, 4, dtype=torch.bfloat16)
+    )
+    return [(name, p) for name, p in net.named_parameters()]
+
+
+def step(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"c": 1.0},
+        {"constraint": UnitNorm()},
+        {"constraint": Box(-1.0, 1.0)},
+        {"c": 1.0, "engine": "reference"},
+        {"c": 1.0, "metric": "adaptive"},
+        {"c": 1.0, "fused": True},
+        {"c": 1.0, "fused": True, "metric": "adaptive"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_engine_that_runs_is_the_one_that_is_reported(options, scaled, ran):
+    named = model()
+    if options.get("fused"):
+        pytest.importorskip("numba")
+    optimizer = ProjectedAdam(named, lr=0.1, **options)
+    for _ in range(2):
+        if scaled and options.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+        ran.clear()
+        routes = optimizer.routes()
+        step(optimizer)
+        for name, p in named:
+            direct = ran.get(id(p), "free")
+            assert routes[name].engine == direct, (name, routes[name], direct)
+    assert str(routes).count("\n") == len(named) - 1
+
+
+def test_sparse_gradients_and_compiled_steps_are_reported_too(ran):
+    table = torch.nn.Embedding(20, 3, sparse=True)
+    optimizer = ProjectedSparseAdam(table.parameters(), lr=0.1, c=1.0)
+    table(torch.tensor([1, 2])).sum().backward()
+    assert optimizer.routes()["parameter 0 of group 0"].engine == "rows"
+    optimizer.step()
+    assert ran[id(table.weight)] in ("rows", "eager")
+    torch.compiler.reset()
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    compiled = ProjectedSGD([("w", p)], lr=0.1, c=1.0)
+    assert compiled.routes(compiled=True)["w"].engine == "graph"
+    assert compiled.routes()["w"].engine == "eager"
+
+
+def test_a_refusal_is_a_sentence_that_says_why():
+    optimizer = ProjectedSGD(model(), lr=0.1, c=1.0)
+    choice = optimizer.routes()["0.weight"]
+    assert str(choice).startswith("eager (cpu: fused=True was not passed")
+    assert optimizer.routes()["0.bias"].engine == "free"
+    assert ProjectedSGD(model(), lr=0.1, c=None).routes()["0.weight"].engine == "free"
+
+
+def test_routes_are_made_anew_only_where_something_changed(monkeypatch):
+    made = []
+    original = routing.make_routes
+    monkeypatch.setattr(routing, "make_routes", lambda *args: made.append(1) or original(*args))
+    named = model()
+    optimizer = ProjectedSGD(named, lr=0.1, momentum=0.9, c=1.0)
+    step(optimizer)
+    assert len(made) == 1
+    for c in (1.1, 1.2):
+        optimizer.param_groups[0]["c"], optimizer.param_groups[0]["lr"] = c, 0.2
+        step(optimizer)
+    assert len(made) == 1
+    p = named[0][1]
+    p.data = p.data.clone().t().contiguous().t()
+    step(optimizer)
+    assert len(made) == 2
+    optimizer.param_groups[0]["constraint"] = UnitNorm()
+    step(optimizer)
+    assert len(made) == 3
+    for _, q in named:
+        q.grad = torch.ones_like(q)
+    named[2][1].grad = None
+    optimizer.step()
+    assert len(made) == 4
+    assert float((p.detach().norm(dim=1) - 1).abs().max()) < 1e-6
+
+
+def test_an_engine_that_cannot_is_refused_when_the_optimizer_is_made():
+    with pytest.raises(ValueError, match="engine='fast' is not known: pass one of cpu"):
+        ProjectedSGD(model(), lr=0.1, c=1.0, engine="fast")
+    with pytest.raises(ValueError, match=r"0\.weight: engine='cpu' cannot take .*: fused=True was not passed"):
+        ProjectedSGD(model(), lr=0.1, c=1.0, engine="cpu")
+    with pytest.raises(ValueError, match=r"0\.weight: engine='eager' cannot take .* is not a set of norms"):
+        ProjectedSGD(model(), lr=0.1, constraint=Box(-1, 1), engine="eager")
+    optimizer = ProjectedSGD(model(), lr=0.1, c=1.0, engine="eager")
+    optimizer.param_groups[0]["constraint"] = Box(-1.0, 1.0)
+    with pytest.raises(ValueError, match="engine='eager' cannot take"):
+        step(optimizer)
+
+
+def test_nothing_imports_numba_unless_fused_was_passed():
+    code = """
+import sys, torch
+from projgd import MaxNorm
+from projgd.torch import ProjectedAdam, project_after_step
+layer = torch.nn.Linear(8, 4)
+hooked = torch.optim.SGD(layer.parameters(), 0.1)
+project_after_step(hooked, MaxNorm(1.0))
+for optimizer in (ProjectedAdam(layer.parameters(), c=1.0), hooked):
+    layer(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+print("numba" in sys.modules, "triton" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.split()[0] == "False", done.stderr
+
+
+def test_a_hook_uses_the_same_table(ran):
+    layer = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    project_after_step(optimizer, MaxNorm(0.5))
+    step(optimizer)
+    assert ran == {id(layer.weight): "eager"}
