@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from projgd import MaxNorm, UnitNorm
-from projgd.optax import apply_updates, landing, maxnorm_projection, projection
+from projgd.optax import apply_updates, maxnorm_projection, projection, xla
 
-landing.LARGE = 0  # these weights too take turns
+xla.LARGE = 0  # these weights too take turns
 C = 0.9
 SHAPES = {"dense": (128, 64), "conv": (3, 3, 40, 16), "table": (64, 24)}
 SPECS = {

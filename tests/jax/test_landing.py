@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from projgd import MaxNorm, NonNegative, Split, UnitNorm, sums
+from projgd.axes import Vectors
 from projgd.optax import apply_updates, maxnorm_projection, project, projection
 
 TIGHT = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -161,7 +162,7 @@ def test_xla_sums_within_the_guard(n):
     rng = np.random.default_rng(0)
     for x in (np.full((n, 3), 0.7310585), rng.standard_normal((n, 3))):
         x = x.astype(np.float32)
-        guard = sums.guard(sums.FLOATS["float32"], x.shape, (0,))
+        guard = sums.guard(sums.FLOATS["float32"], Vectors(x.shape, (0,)))
         for axis, array in ((0, x), (1, x.T)):
             computed = np.asarray(jax.jit(lambda x, a=axis: jnp.sqrt(jnp.sum(jnp.square(x), axis=a)))(array))
             np.testing.assert_allclose(computed.astype(np.float64), true_norm(x).astype(np.float64), rtol=guard)

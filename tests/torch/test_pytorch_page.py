@@ -15,7 +15,7 @@ def test_the_code_on_the_page_runs():
     model.add_module("classifier", torch.nn.Sequential(torch.nn.Linear(24, 3)))
     names = {"model": model, "loss_fn": torch.nn.functional.cross_entropy}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     with torch._dynamo.config.patch(trace_autograd_ops=False):
         for block in blocks:
             exec(block.replace("fullgraph=True", 'fullgraph=True, backend="aot_eager"'), names)

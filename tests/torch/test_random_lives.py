@@ -80,12 +80,12 @@ class Life:
             self.wants(i, dataclasses.replace(self.sets[i], c=group["c"]))
 
     def move_the_axis(self, i, group):
-        if hasattr(self.sets[i], "axis"):
+        if self.sets[i] is not None and self.sets[i].axis != "entries":
             group["axis"] = self.random.choice([0, 1, None, "fan_in"])
             self.wants(i, dataclasses.replace(self.sets[i], axis=group["axis"]))
 
     def shape_the_update(self, i, group):
-        if hasattr(self.sets[i], "axis"):
+        if self.sets[i] is not None and self.sets[i].axis != "entries":
             group["update"] = self.random.choice([None, RelativeUpdate(), TangentUpdate()])
 
     def add_a_group(self, i, group):

@@ -1,9 +1,6 @@
 """Shaped updates in PyTorch against float64 transcriptions of the papers' formulas."""
 
-import copy
-import io
 import math
-import pickle
 import warnings
 
 import array_api_compat.torch as xp
@@ -15,8 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projgd import MaxNorm, MaxUpdate, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, TangentUpdate, UnitNorm
-from projgd.torch import hyperball, project_after_step, projected
+from projgd import (
+    MaxNorm,
+    MaxUpdate,
+    MinMaxNorm,
+    NonNegative,
+    RadialBrake,
+    RelativeUpdate,
+    Sphere,
+    Split,
+    TangentUpdate,
+    UnitNorm,
+)
+from projgd.torch import hyperball, projected
+from tests.contract import TIGHT
 
 SHAPE = (48, 32)
 
@@ -78,15 +87,13 @@ INNER = [
     (torch.optim.SGD, {"momentum": 0.9}, momentum),
     (torch.optim.Muon, {}, muon),
 ]
-FUSED = [(cls, {**settings, "fused": True, "foreach": None}, direction) for cls, settings, direction in INNER[:3]]
-FUSED += [(torch.optim.AdamW, {"betas": (0.9, 0.95), "fused": True, "maximize": True}, lambda gs: adam(-g for g in gs))]
-IDS = ["AdamH", "AdamWH", "SGDH", "MuonH", "fused AdamH", "fused AdamWH", "fused SGDH", "fused maximize"]
+IDS = ["AdamH", "AdamWH", "SGDH", "MuonH"]
 
 
-@pytest.mark.parametrize(("cls", "settings", "direction"), INNER + FUSED, ids=IDS)
+@pytest.mark.parametrize(("cls", "settings", "direction"), INNER, ids=IDS)
 def test_hyperball_is_the_papers_formula(cls, settings, direction):
-    """W ← R·Norm(W - η_t R·Norm(u)) with η_t warmed up from 0 by torch's own scheduler, 100 steps."""
-    grads, p = gradients(100), start()
+    """W ← R·Norm(W - η_t R·Norm(u)) with η_t warmed up from 0 by torch's own scheduler, 60 steps."""
+    grads, p = gradients(60), start()
     opt = hyperball(cls)([p], lr=0.02, **settings)
     warmup = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1.0, t / 20))
     w = p.detach().double().numpy().copy()
@@ -97,12 +104,11 @@ def test_hyperball_is_the_papers_formula(cls, settings, direction):
     assert norm(run(opt, p, grads, warmup) - w) <= 1e-6 * radius
 
 
-@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("axis", [None, "fan_in", Split(0, 4, (1, 2))])
-def test_each_vector_has_its_own_radius(axis, fused):
+def test_each_vector_has_its_own_radius(axis):
     grads, p = gradients(30), start()
     opt = projected(torch.optim.Adam)(
-        [p], lr=0.02, betas=(0.9, 0.95), fused=fused, constraint=Sphere("initial", axis), update=RelativeUpdate()
+        [p], lr=0.02, betas=(0.9, 0.95), constraint=Sphere("initial", axis), update=RelativeUpdate()
     )
     w = p.detach().double().numpy().copy()
     parts = {None: [np.s_[:]], "fan_in": [np.s_[i] for i in range(48)]}.get(axis if not isinstance(axis, Split) else 0)
@@ -129,14 +135,35 @@ SHAPINGS = [
 
 
 @pytest.mark.parametrize(("update", "formula"), SHAPINGS, ids=lambda c: type(c).__name__ if hasattr(c, "axis") else "")
-@pytest.mark.parametrize(("cls", "settings", "direction"), INNER[1:3] + FUSED[1:3], ids=IDS[1:3] + IDS[5:7])
-def test_a_shaping_alone_is_its_formula_over_100_steps(update, formula, cls, settings, direction):
-    grads, p = gradients(100), start()
+@pytest.mark.parametrize(("cls", "settings", "direction"), INNER[1:3], ids=IDS[1:3])
+def test_a_shaping_alone_is_its_formula_over_many_steps(update, formula, cls, settings, direction):
+    grads, p = gradients(60), start()
     opt = projected(cls)([p], lr=0.02, weight_decay=0.0, update=update, **settings)
     w = p.detach().double().numpy().copy()
     for u in direction(grads):
         w = formula(w, -0.02 * u)
     assert norm(run(opt, p, grads) - w) <= 1e-6 * norm(w)
+
+
+@pytest.mark.parametrize("update", [update for update, _ in SHAPINGS], ids=lambda u: type(u).__name__)
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {"weight_decay": 0.0, "maximize": True}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "",
+)
+def test_a_fused_step_is_shaped_as_any_other(cls, settings, update):
+    grads, ends = gradients(10), []
+    for fused in (None, True):
+        for constraint in (None, Sphere("initial", None), MinMaxNorm(1.0, 2.0, axis=None)):
+            p = start()
+            options = {"fused": fused, "constraint": constraint, **settings}
+            ends.append(run(projected(cls)([p], lr=0.02, update=update, **options), p, grads))
+    for plain, fused in zip(ends[:3], ends[3:], strict=True):
+        assert norm(fused - plain) <= 1e-6 * norm(plain)
 
 
 def test_tangent_gradients_reach_the_inner_optimizer():
@@ -268,54 +295,6 @@ def test_a_parameter_without_gradient_stays():
     assert (q == before).all()
 
 
-def test_biases_take_the_inner_step_and_freed_groups_too():
-    torch.manual_seed(0)
-    a = torch.nn.Linear(6, 5)
-    b = copy.deepcopy(a)
-    head = [start(7), start(7)]
-    opt = hyperball(torch.optim.AdamW)(
-        [{"params": a.parameters()}, {"params": [head[0]], "constraint": None, "weight_decay": 0.1}], lr=0.01
-    )
-    stock = torch.optim.AdamW(
-        [{"params": [b.bias], "weight_decay": 0.0}, {"params": [head[1]], "weight_decay": 0.1}], lr=0.01
-    )
-    for g in gradients(5, (5,)):
-        a.weight.grad, a.bias.grad, b.bias.grad = torch.randn(5, 6), g, g.clone()
-        head[0].grad = head[1].grad = torch.ones(SHAPE)
-        opt.step()
-        stock.step()
-    assert (a.bias == b.bias).all()
-    assert (head[0] == head[1]).all()
-
-
-@pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_radii_travel_with_the_optimizer(copied, dtype):
-    grads, p = gradients(20), start(dtype=dtype)
-    opt = projected(torch.optim.Adam)([p], lr=0.05, constraint=Sphere("initial"), update=RelativeUpdate())
-    run(opt, p, grads[:10])
-    if copied == "state_dict":
-        q = torch.nn.Parameter(p.detach().clone() * 3)  # made from other weights: the checkpoint's radii count
-        other = projected(torch.optim.Adam)([q], lr=0.05, constraint=Sphere("initial"), update=RelativeUpdate())
-        file = io.BytesIO()
-        torch.save({"opt": opt.state_dict(), "p": p.detach()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        q.data.copy_(saved["p"])
-        other.load_state_dict(saved["opt"])
-    else:
-        other = copy.deepcopy(opt) if copied == "deepcopy" else pickle.loads(pickle.dumps(opt))
-        (q,) = other.param_groups[0]["params"]
-    assert (run(opt, p, grads[10:]) == run(other, q, grads[10:])).all()
-
-
-def test_a_checkpoint_before_the_first_step_loads():
-    p, q = start(), start()
-    opt, other = (hyperball(torch.optim.Adam)([x], lr=0.05) for x in (p, q))
-    other.load_state_dict(opt.state_dict())
-    assert (run(opt, p, gradients(3)) == run(other, q, gradients(3))).all()
-
-
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_stock_checkpoint_keeps_the_radii(fused):
     """The state goes on in the stock optimizer too, bit for bit: shaping changes the weights alone."""
@@ -356,8 +335,8 @@ def test_extremes(size, fused):
     assert norm(run(opt, p, [g]) - wanted) <= 1e-6 * norm(w)
 
 
-def refuse(cls=torch.optim.SGD, params=None, wrap=projected, **kwargs):
-    return lambda: wrap(cls)(params or [start()], lr=0.1, **kwargs)
+def refuse(cls=torch.optim.SGD, params=None, **kwargs):
+    return lambda: projected(cls)(params or [start()], lr=0.1, **kwargs)
 
 
 class NoLearningRate(torch.optim.Optimizer):
@@ -374,13 +353,9 @@ class NoLearningRate(torch.optim.Optimizer):
         (refuse(constraint=NonNegative(), gradient="tangent"), ValueError, "needs a set of vectors"),
         (refuse(constraint=UnitNorm(0), update=RelativeUpdate(1)), ValueError, "parameter 0 of group 0 with shape"),
         (refuse(params=[torch.nn.Parameter(torch.zeros(3, 2))], update=RelativeUpdate()), ValueError, "norm 0"),
-        (refuse(params=[("proj", torch.nn.Parameter(torch.zeros(3, 2)))], wrap=hyperball), ValueError, "proj: 1 of"),
-        (refuse(torch.optim.AdamW, wrap=hyperball, weight_decay=0.1), ValueError, "weight_decay=0.1 has no place"),
-        (refuse(torch.optim.AdamW, [{"params": [start()], "weight_decay": 0.2}], hyperball), ValueError, "=0.2 has"),
         (refuse(schedulefree.AdamWScheduleFree, update=RelativeUpdate()), ValueError, "cannot be observed"),
         (lambda: projected(NoLearningRate)([start()], update=RelativeUpdate()), ValueError, "has no lr"),
         (refuse(torch.optim.SGD, differentiable=True, update=RelativeUpdate()), ValueError, "differentiable=False"),
-        (lambda: project_after_step(torch.optim.SGD([start()]), Sphere("initial")), ValueError, "a hook has none"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_at_construction(make, error, says):
@@ -411,29 +386,21 @@ def test_a_shaping_goes_with_any_set():
     assert (q >= 0).all()
 
 
-def test_the_norm_is_held_over_100000_steps():
-    """bfloat16 and float32; beside them, the drift where the radius is read from the weights at every step."""
-    steps, shape = 100_000, (16, 8)
-    grads = gradients(64, shape)
-    params = [start(shape=shape), start(shape=shape, dtype=torch.bfloat16), start(shape=shape)]
-    opt = hyperball(torch.optim.SGD)([{"params": params[:2]}, {"params": params[2:], "fused": True}], lr=0.03)
+def test_the_norm_is_held_over_many_steps():
+    """In the shorter types the moved weights are rounded, and their projection once more: no error adds up."""
+    grads, shape = gradients(50, (16, 8)), (16, 8)
+    params = [start(shape=shape, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float32)]
+    opt = hyperball(torch.optim.SGD)([{"params": params[:3]}, {"params": params[3:], "fused": True}], lr=0.03)
     radii = [norm(p.detach().double()) for p in params]
-    w = params[1].detach().clone()
-    for t in range(steps):
+    for t in range(1000):
         for p in params:
-            p.grad = grads[t % 64].to(p.dtype)
+            p.grad = grads[t % 50].to(p.dtype)
         opt.step()
-        if t % 10 == 0:  # a tenth of the steps is enough to see it drift
-            g, r = grads[t // 10 % 64].bfloat16(), w.norm()
-            v = w - 0.03 * r * (g / g.norm())
-            w = r * (v / v.norm())
-    off = [norm(p.detach().double()) / r - 1 for p, r in zip(params, radii, strict=True)]
-    drift = norm(w.double()) / radii[1] - 1
-    print(f"held to {off[0]:.1e} in float32, fused {off[2]:.1e}, {off[1]:.1e} in bfloat16;", end=" ")
-    print(f"radius read again: {drift:.1e} in {steps // 10}")
-    assert max(abs(off[0]), abs(off[2])) <= 1e-6
-    assert abs(off[1]) <= 1e-2
-    assert abs(drift) > 2 * abs(off[1])
+        if t % 100 == 99:
+            off = [abs(norm(p.detach().double()) / radius - 1) for p, radius in zip(params, radii, strict=True)]
+            assert max(off[0], off[3]) <= 1e-6
+            assert off[1] <= TIGHT["bfloat16"]
+            assert off[2] <= TIGHT["float16"]
 
 
 def reference(p, u, update, constraint, lr):
@@ -445,16 +412,16 @@ def reference(p, u, update, constraint, lr):
     return (moved if isinstance(constraint, MaxNorm) else constraint.onto(moved, vectors.axes)).reshape(p.shape)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     shapes=st.lists(
         st.one_of(
             st.tuples(st.integers(9, 40), st.integers(9, 50)),
             st.tuples(st.integers(9, 12), st.integers(9, 12), st.integers(1, 4), st.integers(1, 4)),
-            st.sampled_from([(2, 4099), (3, 2048), (700, 300), (40000, 3), (1100, 1000)]),
+            st.sampled_from([(2, 4099), (700, 300), (40000, 3), (600, 500)]),
         ),
         min_size=1,
-        max_size=4,
+        max_size=3,
     ),
     axis=st.sampled_from([None, "fan_in", 0, 1]),
     update=st.sampled_from([RelativeUpdate(), RadialBrake(0.5, 0.8), TangentUpdate(), MaxUpdate(0.03, floor=0.01)]),
@@ -468,10 +435,9 @@ def reference(p, u, update, constraint, lr):
     ),
     radius=st.sampled_from(["initial", 3.0, None]),
     size=st.sampled_from([1.0, 1e-12, 1e12]),
-    threads=st.sampled_from([1, 2]),
     fused=st.sampled_from([None, True]),
 )
-def test_each_path_is_the_reference(shapes, axis, update, cls, radius, size, threads, fused):
+def test_any_step_is_the_reference(shapes, axis, update, cls, radius, size, fused):
     constraint = (
         MaxNorm(1e30, axis) if radius is None else Sphere(radius if radius == "initial" else radius * size, axis)
     )
@@ -481,22 +447,15 @@ def test_each_path_is_the_reference(shapes, axis, update, cls, radius, size, thr
     opt = projected(cls[0])(params, lr=lr, fused=fused, constraint=constraint, update=update, **cls[1])
     stock = cls[0](zeros, lr=lr, **cls[1])
     goals = [constraint.bind(norms(p, constraint)) if radius == "initial" else constraint for p in params]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for t in range(2):
-            for i, (p, zero) in enumerate(zip(params, zeros, strict=True)):
-                p.grad = zero.grad = gradients(1, p.shape, 100 + 10 * t + i)[0] * size
-                zero.data.zero_()
-            stock.step()
-            wanted = [
-                reference(p, z.detach(), update, goal, lr) for p, z, goal in zip(params, zeros, goals, strict=True)
-            ]
-            opt.step()
-            for p, w in zip(params, wanted, strict=True):
-                assert (p.detach().double() - w).norm() <= 1e-6 * w.norm()
-    finally:
-        torch.set_num_threads(before)
+    for t in range(2):
+        for i, (p, zero) in enumerate(zip(params, zeros, strict=True)):
+            p.grad = zero.grad = gradients(1, p.shape, 100 + 10 * t + i)[0] * size
+            zero.data.zero_()
+        stock.step()
+        wanted = [reference(p, z.detach(), update, goal, lr) for p, z, goal in zip(params, zeros, goals, strict=True)]
+        opt.step()
+        for p, w in zip(params, wanted, strict=True):
+            assert (p.detach().double() - w).norm() <= 1e-6 * w.norm()
 
 
 def norms(p, constraint):

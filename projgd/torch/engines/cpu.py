@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
@@ -74,8 +73,10 @@ class Cpu(Engine):
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
         """Return where parameters and states lie, and the strides of parameters and gradients.
 
-        None where a state or a gradient is missing, or a gradient is sparse.
+        None where a state or a gradient is missing, a gradient is sparse, or the process was forked.
         """
+        if _forked:
+            return None
         names, state = _state_names(job), job.optimizer.state
         grads: list[Any] = [p.grad for p in params]
         try:
@@ -113,16 +114,12 @@ def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
         is_ball = band.pull == 1 and not isinstance(band.low, Tensor) and band.low <= 0
         yield not is_ball, f"in a metric it projects onto a ball, not onto {job.constraint}"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
-    yield from _reasons_of_state(job, p)
-
-
-def _reasons_of_state(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     state, names = job.optimizer.state.get(p, {}), _state_names(job)
     found = {k: state[k] for k in names if state.get(k) is not None}
     yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
     count = found.pop("step", None)
-    is_usual = count is None or (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
-    yield not is_usual, "the step count is not a float32 number on the CPU, as that of fused=True is"
+    is_usual = isinstance(count, Tensor) and (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
+    yield count is not None and not is_usual, "the step count is not a float32 tensor, as that of fused=True is"
     yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
 
 
@@ -155,11 +152,11 @@ def _state_names(job: Job) -> list[str]:
 
 def _add_missing(state: dict[str, Any], p: Tensor, names: Sequence[str]) -> None:
     """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
+    count = torch.empty((), dtype=torch.float32, device=p.device)
     for name in names:
-        if state.get(name) is None and name == "step":
-            state[name] = torch.zeros((), dtype=torch.float32, device="cpu")
-        elif state.get(name) is None:
-            state[name] = torch.full_like(p, -0.0 if name == "momentum_buffer" else 0.0, requires_grad=False)
+        if state.get(name) is None:
+            value = -0.0 if name == "momentum_buffer" else 0.0
+            state[name] = torch.full_like(count if name == "step" else p, value)
 
 
 @dataclass
@@ -188,16 +185,17 @@ class _Prepared:
                 numbers = _numbers(job.band(p, vectors), vectors)
                 tables.bands[row : row + len(numbers)] = numbers
             self.constraint = job.constraint
-        tables.addresses[1] = grads
         lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
         if job.inner is SGD:
             tables.factors[:, 0] = 1 - group["dampening"]
             tables.factors[self.starting, 0] = 1
             self.starting = []
-            return tables.run((lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale), None, None)
+            sgd = lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale
+            return tables.run(grads, sgd, None, None)
         betas, eps = tuple(map(float, group["betas"])), float(group["eps"])
         kind = float(group.get("decoupled_weight_decay", job.inner is AdamW)), float(group["amsgrad"])
-        return tables.run(None, (lr, *betas, eps, decay, sign, *kind, scale), None if job.metric is None else eps)
+        adam = lr, *betas, eps, decay, sign, *kind, scale
+        return tables.run(grads, None, adam, None if job.metric is None else eps)
 
 
 _Source = tuple[int, Tensor, Vectors]
@@ -239,4 +237,4 @@ def _project_in_metric(p: Tensor, job: Job) -> None:
     diagonal = None if job.metric is None else job.metric(p)
     if vectors is not None and band is not None and diagonal is not None:
         x, diagonal = (t.reshape(vectors.shape) for t in (p, diagonal))
-        p.copy_(metrics.project_band(x, diagonal, band, vectors.axes, xp).reshape(p.shape))
+        p.copy_(metrics.project_band(x, diagonal, band, vectors.axes).reshape(p.shape))

@@ -36,6 +36,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 Rows = Sequence[tuple[int, int, int, int]]
+"""Where the vectors of each tensor lie, see `cut_tiles`."""
+
 Table = Sequence[Sequence[float]]
 
 TILE = 1 << 14
@@ -44,8 +46,8 @@ TILE = 1 << 14
 LONG = 1 << 15
 """Entries from which on a row is shared by several tiles."""
 
-BLOCK = 1024
-"""Entries updated before their norms are taken: with gradient and states they fit into the first-level cache."""
+BLOCK = 512
+"""Entries of short rows that are updated in one call, and then measured; a longer row is updated on its own."""
 
 SHARE = 1 << 17
 """Entries that are worth another thread."""
@@ -54,10 +56,7 @@ TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns
 PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of the table of addresses
 GUESS = 256  # entries of a vector that the first guess at its multiplier looks at
 STEPS = 30  # of the iteration for a multiplier, at most; 2 or 3 are usual
-LIGHTEST, HEAVIEST = (
-    (127 - 50) << 23,
-    (127 + 50) << 23,
-)  # bits of 2^-50 and 2^50: no power of such a D over- or underflows
+LIGHTEST, HEAVIEST = (127 - 50) << 23, (127 + 50) << 23  # the bits of 2^-50 and 2^50, see `_weigh`
 
 _exact = njit(error_model="numpy")
 _finite = njit(error_model="numpy", fastmath=True)
@@ -110,8 +109,8 @@ def _unscale(g: Any, scale: float) -> None:
 def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: float, total: Any) -> Any:
     """Run torch.optim.SGD on a run of memory of tensor k, and return the sum of the squares of what is stored.
 
-    It sums as it updates, because it waits for memory anyway; with `total` None it does not. There are two loops,
-    because the compiler vectorises none that has all of these conditions.
+    It sums as it updates, because it waits for memory anyway: summing afterwards takes 5 to 15 % longer. With `total`
+    None it does not sum. There are two loops, because one with all of these conditions is not vectorised (40 % longer).
     """
     p, g, m = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size), _view(table[M, k], start, size)
     lr, momentum, decay, sign = np.float32(h[0]), np.float32(h[1]), np.float32(h[2]), np.float32(h[3])
@@ -222,18 +221,18 @@ def _scale(x: Any, factor: float) -> None:
 
 
 @_exact
-def _project(eps: Any, square: float, arrays: Any, at: int, k: int, start: int, size: int, space: Any) -> None:
-    """Project a vector, or without a metric a part of one, of this sum of squares, onto `bands[at]`."""
-    table, _, factors, bands, _, unsettled = arrays
-    norm = math.sqrt(square)
-    factor = _factor(norm, bands[at])
+def _project(
+    eps: Any, norm: float, band: Any, table: Any, k: int, start: int, size: int, root: float, space: Any
+) -> Any:
+    """Project a vector of this norm, or without a metric a part of one; return False if the metric is out of range."""
+    factor = _factor(norm, band)
     if factor == 1:
-        return
-    x, v = _view(table[PARAM, k], start, size), _view(table[LARGEST, k], start, size)
+        return True
+    x = _view(table[PARAM, k], start, size)
     if eps is None:
         _scale(x, factor)
-    elif not _project_in_metric(x, v, factors[k, 1], eps, norm, bands[at, 3], space):
-        unsettled[k] = 1
+        return True
+    return _project_in_metric(x, _view(table[LARGEST, k], start, size), root, eps, norm, band[3], space)
 
 
 @_exact
@@ -253,7 +252,7 @@ def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, goa
 
 @_exact
 def _weigh(x: Any, v: Any, root: float, eps: float, goal: float, y: Any, d: Any) -> Any:
-    """Write y = x / goal and D = √v / root + ε; return whether `_find_multiplier` can work with this D."""
+    """Write y = x / goal and D = √v / root + ε; return whether no power of D that is summed over- or underflows."""
     factor, divisor, least = np.float32(1 / goal), np.float32(root), np.float32(eps)
     low, high, bits = np.uint32(0xFFFFFFFF), np.uint32(0), d.view(np.uint32)  # ordered as the numbers, then NaN
     for i in range(y.size):
@@ -342,7 +341,7 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
         tiles: int64 (tiles, 8), see `cut_tiles`.
         ranges: int64 (threads + 1,): which tiles are whose.
     """
-    table, counters, factors, bands, sums, _ = arrays
+    table, counters, factors, bands, sums, unsettled = arrays
     if adam is not None:
         _count(adam, counters, factors)
     longest, is_shared = 1, False
@@ -372,7 +371,9 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
                     if tile[PARTS] > 1:
                         sums[i] = square
                     elif not _is_inside(square, bands[at, 0], bands[at, 1]):
-                        _project(eps, square, arrays, at, k, first, length, space)
+                        norm = math.sqrt(square)
+                        if not _project(eps, norm, bands[at], table, k, first, length, factors[k, 1], space):
+                            unsettled[k] = 1
     if is_shared:
         for t in prange(len(ranges) - 1):
             space = np.empty((2, longest if eps is not None else 1), np.float32)
@@ -382,8 +383,9 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
                 if eps is not None:  # whole vectors
                     length = tiles[first:end, LENGTH].sum() if first == i else 0
                 if tile[PARTS] > 1 and length > 0:
-                    square = sums[first:end].sum()
-                    _project(eps, square, arrays, tile[BAND], tile[TENSOR], tile[START], length, space)
+                    k, norm, band = tile[TENSOR], math.sqrt(sums[first:end].sum()), bands[tile[BAND]]
+                    if not _project(eps, norm, band, table, k, tile[START], length, factors[k, 1], space):
+                        unsettled[k] = 1
 
 
 def _compile() -> Any:
@@ -403,28 +405,29 @@ class Tables:
     """What the kernel reads and writes, for tensors that stay where they are.
 
     Attributes:
-        addresses, counters, factors, bands: see `step`. The addresses of gradients change from step to step, and the
-            bands with the constraint.
+        factors, bands: see `step`.
     """
 
     def __init__(self, addresses: Table, counters: Sequence[int], tensors: Rows, bands: Table) -> None:
         """Lay out the tables; `tensors` as in `cut_tiles`."""
-        self.addresses, self.counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
+        self._addresses, self._counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
         self.factors, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
         self._tiles = cut_tiles(tensors)
         self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
         self._most = 1 + sum(count * length for count, length, *_ in tensors) // SHARE  # threads that they are worth
         self._ranges: dict[int, Any] = {}  # by the number of threads
 
-    def run(self, *hyperparameters: Any) -> list[int]:
-        """Run `step` with `sgd`, `adam` and `eps`, and return the tensors that it could not settle."""
+    def run(self, grads: Sequence[int], sgd: Any, adam: Any, eps: float | None) -> list[int]:
+        """Run `step` with gradients at these addresses, and return the tensors that it could not settle."""
+        self._addresses[GRAD] = grads
         threads = min(torch.get_num_threads(), self._most)
         if threads not in self._ranges:
             self._ranges[threads] = deal_out(self._tiles, threads)
-        arrays = self.addresses, self.counters, self.factors, self.bands, self._sums, self._unsettled
-        _launch(threads, (*hyperparameters, arrays, self._tiles, self._ranges[threads]))
-        unsettled: list[int] = np.flatnonzero(self._unsettled).tolist()
-        self._unsettled[unsettled] = 0
+        arrays = self._addresses, self._counters, self.factors, self.bands, self._sums, self._unsettled
+        _launch(threads, (sgd, adam, eps, arrays, self._tiles, self._ranges[threads]))
+        unsettled: list[int] = [] if eps is None else np.flatnonzero(self._unsettled).tolist()
+        if unsettled:
+            self._unsettled[:] = 0
         return unsettled
 
 

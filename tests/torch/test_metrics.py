@@ -8,9 +8,8 @@ import array_api_compat.torch as xp
 import pytest
 import torch
 
-from projgd import MaxNorm, NonNegative, Sphere, UnitNorm, metrics
+from projgd import MaxNorm, MinMaxNorm, NonNegative, Sphere, UnitNorm, metrics
 from projgd.axes import Vectors
-from projgd.constraints import Constraint
 from projgd.sums import FLOATS
 from projgd.torch import (
     ProjectedAdagrad,
@@ -136,12 +135,16 @@ def test_plain_gradient_steps_have_the_euclidean_metric(cls):
     assert torch.equal(*ends)
 
 
-def test_in_one_compiled_graph():
+def test_in_one_compiled_graph(monkeypatch):
     torch.compiler.reset()  # or the graphs of other tests count against the limit
+    monkeypatch.setattr(metrics, "STEPS", 4)  # a graph has all of them
     p, other = (torch.nn.Parameter(torch.ones(6, 30)) for _ in range(2))
     eager, compiled = (ProjectedRMSprop([x], lr=0.3, c=3.0, metric="adaptive") for x in (p, other))
-    step = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
-    for grad in gradients(3):
+    first, *grads = gradients(3)
+    for optimizer, x in ((eager, p), (compiled, other)):
+        take(optimizer, x, first)  # which makes the states: the graph of that would be another one
+    step = torch.compile(compiled.step, fullgraph=True, backend="eager")
+    for grad in grads:
         take(eager, p, grad)
         other.grad = grad.float()
         step()
@@ -189,9 +192,10 @@ def test_set_per_group_and_kept_in_checkpoints_and_copies():
 
 def test_spheres_and_boxes():
     """On a sphere the metric's nearest point is a stationary one; for a box the metric changes nothing."""
-    for constraint in (UnitNorm(), Sphere(2.0, axis=None)):
+    for constraint in (UnitNorm(), Sphere(2.0, axis=None), MinMaxNorm(0.5, 1.0)):
         p, stock = (torch.nn.Parameter(torch.ones(3, 8, dtype=torch.float64)) for _ in range(2))
-        constraint_axis = (1,) if isinstance(constraint, UnitNorm) else (0, 1)
+        constraint_axis = (0, 1) if constraint.axis is None else (1,)
+        edge = constraint.edges()[1]  # where all rows end that start from ones
         ours = ProjectedAdagrad([p], lr=0.1, constraint=constraint, metric="adaptive")
         theirs = torch.optim.Adagrad([stock], lr=0.1)
         for grad in gradients(3, (3, 8)):
@@ -201,7 +205,7 @@ def test_spheres_and_boxes():
             d = theirs.state[stock]["sum"].sqrt() + 1e-10
             rows = (3, 8) if constraint_axis == (1,) else (1, 24)
             assert (residual(p.detach().reshape(rows), stock.detach().reshape(rows), d.reshape(rows))[0] <= 1e-8).all()
-            assert torch.allclose(p.norm(dim=constraint_axis), torch.tensor(constraint.radius, dtype=torch.float64))
+            assert torch.allclose(p.norm(dim=constraint_axis), torch.tensor(edge, dtype=torch.float64))
     ends = []
     for metric in ("euclidean", "adaptive"):
         p = torch.nn.Parameter(torch.ones(3, 8, dtype=torch.float64))
@@ -213,7 +217,9 @@ def test_spheres_and_boxes():
 
 
 @pytest.mark.parametrize(
-    ("cls", "rate"), [(ProjectedAdagrad, 0.3), (ProjectedRMSprop, 1e-2), (ProjectedAdam, 1e-2)], ids=lambda v: str(v)
+    ("cls", "rate"),
+    [(ProjectedAdagrad, 0.3), (ProjectedRMSprop, 1e-2), (ProjectedAdam, 0.03)],
+    ids=["Adagrad", "RMSprop", "Adam"],
 )
 def test_least_squares_ends_at_the_optimum_and_its_euclidean_twin_does_not(cls, rate):
     problem = LeastSquares()
@@ -222,7 +228,7 @@ def test_least_squares_ends_at_the_optimum_and_its_euclidean_twin_does_not(cls, 
     for metric in ("adaptive", "euclidean"):
         p = torch.nn.Parameter(torch.zeros(1, 20, dtype=torch.float64))
         optimizer = cls([p], lr=rate, c=1.0, metric=metric)
-        for _ in range(800):
+        for _ in range(200):
             take(optimizer, p, p.detach() @ hessian - linear)
         gap[metric] = problem(p.detach().numpy()[0]) - problem.optimum
     assert gap["adaptive"] <= 1e-6 * problem.optimum
@@ -267,14 +273,6 @@ class SameStep(torch.optim.Adam):
     pass
 
 
-class Simplex(Constraint):
-    def onto(self, x, axes, xp=None):
-        return x
-
-    def outside(self, x, axes, xp=None):
-        return x
-
-
 @pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.Rprop, torch.optim.Muon, OwnStep])
 def test_optimizers_without_a_known_diagonal_are_refused_at_construction(cls):
     with pytest.raises(ValueError, match=f'metric="adaptive" needs the diagonal that {cls.__name__}'):
@@ -286,8 +284,6 @@ def test_bad_input_is_refused():
     p = torch.nn.Parameter(torch.ones(2, 4))
     with pytest.raises(ValueError, match='metric=\'adaptve\' is not known: pass "euclidean" or "adaptive"'):
         ProjectedAdam([p], c=1.0, metric="adaptve")
-    with pytest.raises(ValueError, match="no projection for metric='adaptive': pass metric='euclidean'"):
-        ProjectedAdam([p], constraint=Simplex(), metric="adaptive")
     with pytest.raises(TypeError, match="register_metric"):
         register_metric("Adam", lambda state, group: state)
     other, mine = ProjectedSGD([p], lr=0.1, momentum=0.9), ProjectedAdam([p], c=1.0, metric="adaptive")
@@ -299,10 +295,9 @@ def test_bad_input_is_refused():
     assert not mine.state
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (3, 70_000), (12, 3, 3, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 30), (3, 20_000), (12, 3, 3, 3), (5, 1)], ids=str)
 @pytest.mark.parametrize("case", ["near", "far", "wide", "zeros", "first zero", "halves", "not finite", "transposed"])
-@pytest.mark.parametrize("known", [True, False], ids=["kernel", "torch"])
-def test_the_path_on_cpu_agrees_with_the_reference(shape, case, known):
+def test_rows_on_a_cpu_agree_with_the_reference(shape, case):
     """In float32 rows outside are solved apart, in place: same answer, and no other row is touched."""
     torch.manual_seed(0)
     norms = torch.rand(shape[0]) * (2e4 if case == "far" else 3)
@@ -325,7 +320,7 @@ def test_the_path_on_cpu_agrees_with_the_reference(shape, case, known):
 
     def of(state, group):
         root = Root(state["v"], 1.0, 1e-8)
-        return root if known else root()
+        return root if case in ("near", "zeros", "halves") else root()
 
     with torch.no_grad():
         metric = OfStep(Diagonal(of, ("v",)), {p: {"v": v}}, {}, {})
@@ -346,6 +341,20 @@ def test_the_path_on_cpu_agrees_with_the_reference(shape, case, known):
         assert (error <= 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_a_parameter_that_has_not_stepped_yet_is_projected_in_the_euclidean_metric(dtype, length):
+    generator = torch.Generator().manual_seed(0)
+    used = torch.nn.Parameter(torch.ones(2, 2))
+    idle = torch.nn.Parameter((torch.rand(4000, length, generator=generator) + 0.8).to(dtype))
+    optimizer = ProjectedAdam([used, idle], c=1.0, metric="adaptive", without_grad=True)
+    used.grad = torch.ones(2, 2)
+    optimizer.step()
+    norms = idle.detach().double().norm(dim=1)
+    assert (norms <= 1).all()
+    assert (norms >= 0.8).all()
+
+
 FUSED = [
     (ProjectedAdam, {}),
     (ProjectedAdam, {"amsgrad": True, "betas": (0.5, 0.9), "weight_decay": 1e-3, "maximize": True}),
@@ -361,11 +370,11 @@ def outwards(p, seed):
 
 
 @pytest.mark.parametrize(("cls", "kwargs"), FUSED, ids=["Adam", "amsgrad", "AdamW"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "kernel"])
-def test_the_kernels_project_the_stock_step_to_the_float64_optimum(cls, kwargs, fused):
+@pytest.mark.parametrize("fused", [True, False], ids=["cpu, then diagonal", "diagonal, then cpu"])
+def test_both_engines_project_the_stock_step_to_the_float64_optimum(cls, kwargs, fused):
     pytest.importorskip("numba")
     torch.manual_seed(0)
-    shapes = [(40, 30), (3, 40_000), (12, 3, 3, 3), (20, 1), (16,)]  # a row that is several tiles, and a bias
+    shapes = [(40, 30), (3, 20_000), (12, 3, 3, 3), (20, 1), (16,)]  # a row that is several tiles, and a bias
     params = [
         torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(s).flatten(1 - (len(s) == 1)), dim=-1).reshape(s))
         for s in shapes
@@ -374,11 +383,11 @@ def test_the_kernels_project_the_stock_step_to_the_float64_optimum(cls, kwargs, 
     copies = [p.detach().clone().requires_grad_() for p in params]
     stock = cls.inner(copies, lr=0.01, fused=fused, **kwargs)
     found = 0
-    for step in range(8):
+    for step in range(6):
         for p, q in zip(params, copies, strict=True):
             q.data.copy_(p.data)
             p.grad = q.grad = outwards(p, step) * (-1 if kwargs.get("maximize") else 1)
-        if step == 4:  # the way may change in between
+        if step == 3:  # the engine may change in between
             other = cls(params, lr=0.01, c=1.0, metric="adaptive", fused=not fused, **kwargs)
             other.load_state_dict(optimizer.state_dict())
             other.param_groups[0]["fused"] = not fused
@@ -403,6 +412,6 @@ def test_the_kernels_project_the_stock_step_to_the_float64_optimum(cls, kwargs, 
             assert (x.norm(dim=1)[outside] >= 1 - 1e-5).all()
             assert ((x - best).norm(dim=1)[outside] <= 1e-6).all()
             assert (residual(x[outside], y[outside], d[outside])[0] <= 1e-6).all()
-    names = {choice.engine for name, choice in optimizer.routes().items() if not name.startswith("parameter 4")}
-    assert names <= ({"cpu", "diagonal", "reference", "eager"} if fused else {"diagonal", "reference", "free"}), names
-    assert found >= 100
+    engines = {choice.engine for name, choice in optimizer.routes().items() if not name.startswith("parameter 4")}
+    assert engines == ({"diagonal"} if fused else {"cpu"})
+    assert found >= 60
