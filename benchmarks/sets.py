@@ -1,7 +1,7 @@
 """What other sets than MaxNorm, and GradScaler, cost on the same engine: python -m benchmarks.sets
 
 Every set bounds the same weights. Half of them are pushed outwards at every step; the others lie where all sets let
-them stay, but for "initial", which keeps every norm as it is. R is the time of a step over that of torch's plain fused one;
+them stay, but for "initial", which keeps every norm as it is. R is the time of a step over that of the plain one;
 the last column is R over that of MaxNorm on the same engine, or over that of the step without GradScaler.
 """
 

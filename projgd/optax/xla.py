@@ -1,5 +1,3 @@
-# NOTE to the lead, 09:55: the JAX helper is alive; a finished rewrite of projgd/optax and its tests is in /tmp/jf and will
-# replace these files (layouts.py goes into tree.py). Please do not edit projgd/optax or tests/jax meanwhile.
 """What is done so that XLA is fast and exact. Each trick names what makes it needed.
 
 XLA adds in an order of its own (it merges the reference's blocks). Measured on a CPU a norm errs by less than 5 units
@@ -61,9 +59,9 @@ def _project_by_squares(x: jax.Array, band: Band, total: Callable[[jax.Array], j
     """Project by one plain sum of squares; vectors whose squares over- or underflow have a branch of their own.
 
     On a CPU that saves a pass over the weights. Elsewhere a branch would make the device wait for the host, and XLA
-    takes all sums in one pass. Nothing else is in the branch, because XLA runs what is there on one core. It comes last,
-    so that weights that are not donated need no copy to go through it; in a chain first, because XLA holds once what goes
-    through it. Eager arrays take no branch, because compiling it at every call would take longer.
+    takes all sums in one pass. Nothing else is in the branch, because XLA runs what is there on one core. It comes
+    last, so that weights that are not donated need no copy to go through it; in a chain first, because XLA holds once
+    what goes through it. Eager arrays take no branch, because compiling it at every call would take longer.
     """
     usual = partial(_scale_vectors, band=band, total=total, first=first)
     everywhere = partial(usual, seldom=lambda flag, rare, *arrays: rare(*arrays))

@@ -1,6 +1,7 @@
-"""One rank of the distributed tests: `python ranks.py RANK RANKS FOLDER` goes through all checks, writes what failed.
+"""The distributed tests: `python ranks.py FOLDER 4 2` goes through all checks on four ranks, then on two.
 
-A process group is started once for all of them; `test_ranks.py` starts the ranks and reads the answers.
+The ranks are forks of one process, which has imported everything. A process group is started once for all checks.
+`test_ranks.py` reads what failed from the folder.
 """
 
 import copy
@@ -8,7 +9,9 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from projgd import MaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
+from projgd import MaxNorm, MinMaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
+from projgd.constraints import Constraint
 from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
 
 C = 0.4
@@ -149,64 +153,75 @@ def check_replicated_shards(ranks, **_):
     compare(lambda net: fully_shard(net, mesh=mesh))
 
 
-AXES = ["fan_in", None, 0, (0, 2), Split(0, 2, (0, 2)), Split(2, 3, (1, 2))]
+def cases():
+    """dtype, tightness and set: float32 along every axis, the other sets and dtypes along some."""
+    all_axes = ["fan_in", None, 0, (0, 2), Split(0, 2, (0, 2)), Split(2, 3, (1, 2))]
+    yield from ((torch.float32, 1e-6, MaxNorm(2.0, axis)) for axis in all_axes)
+    for axis in ("fan_in", None, Split(2, 3, (1, 2))):
+        yield from ((torch.float32, 1e-6, made) for made in (UnitNorm(axis), MinMaxNorm(1.0, 2.0, axis=axis)))
+    for dtype, close in ((torch.float64, 1e-12), (torch.bfloat16, 1.1 * 2**-7), (torch.float16, 2**-10)):
+        yield from ((dtype, close, made) for made in (MaxNorm(2.0), MinMaxNorm(1.0, 2.0, axis=(0, 2))))
+
+
+def weights_of_all_sizes(dtype):
+    torch.manual_seed(1)
+    x = torch.randn(12, 5, 6, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None, None]
+    x[3, 2] *= 1e30 if dtype in (torch.float32, torch.bfloat16) else 1e200 if dtype == torch.float64 else 1e2
+    x[4, 1, 1], x[5, 0, 0] = torch.nan, torch.inf
+    return x.to(dtype)
 
 
 def check_placements(ranks, **_):
-    """Any placement, axis and dtype, with huge and broken vectors, against the whole tensor in one process."""
+    """Any placement, axis, set and dtype, with huge and broken vectors, against the whole tensor in one process."""
     line = init_device_mesh("cpu", (ranks,))
     square = init_device_mesh("cpu", (2, ranks // 2))
     meshes = [(line, [p]) for p in (Shard(0), Shard(1), Shard(2), Replicate())]
     meshes += [(square, list(p)) for p in [(Shard(0), Shard(0)), (Shard(2), Shard(0)), (Replicate(), Shard(1))]]
     meshes += [(square, [_StridedShard(0, split_factor=ranks // 2), Shard(0)]), (square, [Shard(1), Shard(2)])]
-    for dtype, close in [
-        (torch.float32, 1e-6),
-        (torch.float64, 1e-12),
-        (torch.bfloat16, 1.1 * 2**-7),
-        (torch.float16, 2**-10),
-    ]:
-        torch.manual_seed(1)
-        x = torch.randn(12, 5, 6, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None, None]
-        x[3, 2] *= 1e30 if dtype in (torch.float32, torch.bfloat16) else 1e200 if dtype == torch.float64 else 1e2
-        x[4, 1, 1], x[5, 0, 0] = torch.nan, torch.inf
-        x = x.to(dtype)
-        for axis in AXES:
-            for made in (MaxNorm(2.0, axis), UnitNorm(axis)):
-                expected = made.project(x)
-                for mesh, placements in meshes:
-                    p = nn.Parameter(distribute_tensor(x.clone(), mesh, placements, src_data_rank=None))
-                    optimizer = ProjectedSGD([p], lr=0.0, constraint=made)
-                    p.grad = torch.zeros_like(p)
-                    optimizer.step()
-                    found = whole(p)
-                    where = f"{dtype} {made} {placements}"
-                    fine = torch.isfinite(expected)
-                    assert torch.equal(fine, torch.isfinite(found)), where
-                    a, b = found[fine].double(), expected[fine].double()
-                    assert torch.allclose(a, b, rtol=close, atol=1e-7 if dtype == torch.float16 else 0), where
-                    if isinstance(made, MaxNorm):
-                        v = made.vectors(x)
-                        norms = torch.linalg.vector_norm(found.double().reshape(v.shape), dim=v.axes)
-                        assert bool((norms[torch.isfinite(norms)] <= 2.0).all()), where
-                    if not isinstance(made, MaxNorm):
-                        continue  # on a sphere every step lands as near as its rounding allows, and may move a bit
-                    before = p.to_local().detach().clone()
-                    optimizer.step()
-                    assert torch.equal(before.nan_to_num(7), p.to_local().nan_to_num(7)), f"again: {where}"
+    for dtype, close, made in cases():
+        x = weights_of_all_sizes(dtype)
+        expected = made.project(x)
+        for mesh, placements in meshes:
+            p = nn.Parameter(distribute_tensor(x.clone(), mesh, placements, src_data_rank=None))
+            optimizer = ProjectedSGD([p], lr=0.0, constraint=made)
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+            found = whole(p)
+            where = f"{dtype} {made} {placements}"
+            fine = torch.isfinite(expected)
+            assert torch.equal(fine, torch.isfinite(found)), where
+            a, b = found[fine].double(), expected[fine].double()
+            assert torch.allclose(a, b, rtol=close, atol=1e-7 if dtype == torch.float16 else 0), where
+            if made.fixes_norm:
+                continue  # on a sphere every step lands as near as its rounding allows, and may move a bit
+            v, (low, high) = made.vectors(x), made.edges()
+            norms = torch.linalg.vector_norm(found.double().reshape(v.shape), dim=v.axes)
+            norms = norms[torch.isfinite(norms)]
+            assert bool(((low <= norms) & (norms <= high)).all()), where
+            before = p.to_local().detach().clone()
+            optimizer.step()
+            assert torch.equal(before.nan_to_num(7), p.to_local().nan_to_num(7)), f"again: {where}"
+
+
+@dataclass(frozen=True)
+class Odd(Constraint):
+    """A set of vectors that is no set of norms."""
+
+    axis: str = "fan_in"
+
+    def onto(self, x, axes, xp=None, *, moved=False):
+        return x
+
+    def outside(self, x, axes, xp=None):
+        return x
 
 
 def check_refusals(ranks, **_):
     mesh = init_device_mesh("cpu", (ranks,))
-
-    class Odd(MaxNorm):
-        """A set that does not say how it scales a vector."""
-
-        rescale = NonNegative.rescale
-
     p = nn.Parameter(distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)]))
     ProjectedSGD([p], constraint=NonNegative())
     with pytest.raises(ValueError, match="needs each of them whole"):
-        ProjectedSGD([p], constraint=Odd(1.0))
+        ProjectedSGD([p], constraint=Odd())
 
 
 def check_the_older_fsdp(**_):
@@ -241,14 +256,9 @@ def check_the_older_fsdp(**_):
 
 
 def check_shaped_updates(ranks, folder):
-    """AdamH and other shapings on shards of every kind: the single process's weights, one all-reduce per dimension."""
+    """Hyperball and other shapings on shards of every kind: the weights of a single process, few all-reduces."""
     flat, square = init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2))
-    layouts = [
-        (flat, [Shard(0)]),
-        (flat, [Shard(1)]),
-        (square, [Shard(0), Shard(1)]),
-        (square, [Replicate(), Shard(1)]),
-    ]
+    layouts = [(flat, [Shard(0)]), (flat, [Shard(1)]), (square, [Shard(0), Shard(1)])]
     kinds = [
         {"constraint": Sphere("initial", axis=None), "update": RelativeUpdate()},
         {"constraint": Sphere("initial"), "update": RelativeUpdate()},
@@ -259,11 +269,11 @@ def check_shaped_updates(ranks, folder):
     rng = np.random.default_rng(0)
     shapes = [(6, 8), (10, 7)]  # 7 columns are not shared evenly
     weights = [torch.as_tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes]
-    grads = [[torch.as_tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes] for _ in range(6)]
+    grads = [[torch.as_tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes] for _ in range(4)]
 
     def run(options, place, steps, saved=None, over=None):
         params = [nn.Parameter(place(w.clone() * (1 if saved is None else 2))) for w in weights]
-        optimizer = ProjectedAdam(params, lr=0.05, foreach=False, **options)
+        optimizer = ProjectedSGD(params, lr=0.05, momentum=0.9, foreach=False, **options)
         if saved is not None:  # made from other weights: the radii of the checkpoint count
             optimizer.load_state_dict(saved[1])
             for p, w in zip(params, saved[0], strict=True):
@@ -274,21 +284,23 @@ def check_shaped_updates(ranks, folder):
             with CommDebugMode() as traffic:
                 optimizer.step()
         if over is not None and "gradient" not in options and "update" in options:
-            assert sum(traffic.get_comm_counts().values()) == over, traffic.get_comm_counts()
+            calls = sum(traffic.get_comm_counts().values())  # one of the update, and one of the set where it needs it
+            assert over <= calls <= (2 if "constraint" in options else 1) * over, traffic.get_comm_counts()
         return [whole(p) for p in params], optimizer.state_dict()
 
     for options in kinds:
-        alone, _ = run(options, lambda x: x, range(6))
-        for mesh, placements in layouts:
+        alone, _ = run(options, lambda x: x, range(4))
+        replicated = [(square, [Replicate(), Shard(1)])] if options is kinds[0] else []
+        for mesh, placements in layouts + replicated:
             over = sum(isinstance(x, Shard) for x in placements)
             place = functools.partial(distribute_tensor, device_mesh=mesh, placements=placements)
-            spread, _ = run(options, place, range(6), over=over)
+            spread, _ = run(options, place, range(4), over=over)
             for p, q in zip(alone, spread, strict=True):
                 assert (p - q).norm() <= 1e-6 * p.norm(), (options, placements, (p - q).norm() / p.norm())
-            if "gradient" in options or len(placements) > 1:
+            if "gradient" in options or placements != [Shard(1)]:
                 continue
-            half = run(options, place, range(3))
-            again, _ = run(options, place, range(3, 6), saved=half)
+            half = run(options, place, range(2))
+            again, _ = run(options, place, range(2, 4), saved=half)
             assert all((p == q).all() for p, q in zip(spread, again, strict=True)), (options, placements)
     p = nn.Parameter(distribute_tensor(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), flat, [Shard(0)]))
     with pytest.raises(ValueError, match="1 of its 2 vectors have norm 0"):
@@ -398,18 +410,16 @@ def through_a_checkpoint(ranks, folder, made, **options):
 
 def check_radii_in_a_checkpoint(ranks, folder):
     """Those of the four ranks' first weights hold on the two ranks that load, though these were made from others."""
-    for inner in (torch.optim.Adam, torch.optim.SGD):
-        for flat in (False, True):
+    for inner, flat in ((torch.optim.Adam, True), (torch.optim.SGD, False)):
 
-            def made(seed, inner=inner):
-                net = by_layer(Net(seed))
-                return net, projected(inner)(net.parameters(), lr=0.05, constraint=Sphere("initial"))
+        def made(seed, inner=inner):
+            net = by_layer(Net(seed))
+            return net, projected(inner)(net.parameters(), lr=0.05, constraint=Sphere("initial"))
 
-            where = folder / f"{inner.__name__} {flat}"
-            net, _ = through_a_checkpoint(ranks, where, made, flatten_optimizer_state_dict=flat)
-            for p, first in zip(net.parameters(), Net(4).parameters(), strict=True):
-                if p.ndim == 2:
-                    assert (whole(p).norm(dim=1) / first.norm(dim=1) - 1).abs().max() <= 1e-6, (inner, flat)
+        net, _ = through_a_checkpoint(ranks, folder / inner.__name__, made, flatten_optimizer_state_dict=flat)
+        for p, first in zip(net.parameters(), Net(4).parameters(), strict=True):
+            if p.ndim == 2:
+                assert (whole(p).norm(dim=1) / first.norm(dim=1) - 1).abs().max() <= 1e-6, (inner, flat)
 
 
 def check_hyperball_of_a_whole_engine(ranks, **_):
@@ -419,7 +429,7 @@ def check_hyperball_of_a_whole_engine(ranks, **_):
     def apart(make):
         alone, spread = Net(), by_layer(Net())
         for net in (alone, spread):
-            train(net, make([p for p in net.parameters() if p.ndim == 2], lr=0.05), range(6))
+            train(net, make([p for p in net.parameters() if p.ndim == 2], lr=0.05), range(3))
         pairs = list(zip(alone.parameters(), spread.parameters(), Net().parameters(), strict=True))
         if make is not torch.optim.Muon:
             assert all(abs(whole(q).norm() / w.norm() - 1) <= 1e-6 for _, q, w in pairs)
@@ -453,22 +463,43 @@ def check_accelerate(**_):
         assert 0.2 * (1 - 1e-5) <= longest(net.head) <= 0.2
 
 
-def main():
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+ON_TWO_RANKS = [check_mesh_of_two_dimensions, check_replicated_shards, check_checkpoint, check_radii_in_a_checkpoint]
+"""Those that load what four ranks have saved, and meshes with a dimension of one rank."""
+
+
+def go_through(rank, ranks, folder, names):
+    """All checks on one rank; what failed is written to the folder."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
-    failed = {}
-    checks = {n: f for n, f in globals().items() if n.startswith("check_")}
-    for name in sys.argv[4:] or checks:
+    checks, failed = {n: f for n, f in globals().items() if n.startswith("check_")}, {}
+    for name in names or (checks if ranks > 2 else [f.__name__ for f in ON_TWO_RANKS]):
+        started = time.monotonic()
         try:
             checks[name](ranks=ranks, folder=folder)
         except Exception:
             failed[name] = traceback.format_exc()
             break  # the other ranks may wait for this one
+        if rank == 0:
+            print(f"{time.monotonic() - started:6.2f} s on {ranks} ranks: {name}", flush=True)
     (folder / f"{ranks}-{rank}.json").write_text(json.dumps(failed))
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # a thread of gloo that is still running would abort a normal exit, once in a while
+
+
+def main():
+    folder, sizes, names = Path(sys.argv[1]), map(int, sys.argv[2:4]), sys.argv[4:]
+    torch.set_num_threads(1)
+    for ranks in sizes:
+        forks = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    go_through(rank, ranks, folder, names)
+                finally:
+                    os._exit(0)  # a thread of gloo that is still running would abort a normal exit, once in a while
+            forks.append(pid)
+        for pid in forks:
+            os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":
