@@ -34,7 +34,7 @@ from projgd.constraints import Constraint
 from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
 
 C = 0.4
-STEPS = 4
+STEPS = 3
 
 
 class Net(nn.Module):
@@ -258,7 +258,7 @@ def check_the_older_fsdp(**_):
 def check_shaped_updates(ranks, folder):
     """Hyperball and other shapings on shards of every kind: the weights of a single process, few all-reduces."""
     flat, square = init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2))
-    layouts = [(flat, [Shard(0)]), (flat, [Shard(1)]), (square, [Shard(0), Shard(1)])]
+    layouts = [(flat, [Shard(1)]), (square, [Shard(0), Shard(1)])]
     kinds = [
         {"constraint": Sphere("initial", axis=None), "update": RelativeUpdate()},
         {"constraint": Sphere("initial"), "update": RelativeUpdate()},
@@ -290,8 +290,8 @@ def check_shaped_updates(ranks, folder):
 
     for options in kinds:
         alone, _ = run(options, lambda x: x, range(4))
-        replicated = [(square, [Replicate(), Shard(1)])] if options is kinds[0] else []
-        for mesh, placements in layouts + replicated:
+        others = [(flat, [Shard(0)]), (square, [Replicate(), Shard(1)])] if options is kinds[0] else []
+        for mesh, placements in layouts + others:
             over = sum(isinstance(x, Shard) for x in placements)
             place = functools.partial(distribute_tensor, device_mesh=mesh, placements=placements)
             spread, _ = run(options, place, range(4), over=over)
@@ -429,7 +429,7 @@ def check_hyperball_of_a_whole_engine(ranks, **_):
     def apart(make):
         alone, spread = Net(), by_layer(Net())
         for net in (alone, spread):
-            train(net, make([p for p in net.parameters() if p.ndim == 2], lr=0.05), range(3))
+            train(net, make([p for p in net.parameters() if p.ndim == 2], lr=0.05), range(2))
         pairs = list(zip(alone.parameters(), spread.parameters(), Net().parameters(), strict=True))
         if make is not torch.optim.Muon:
             assert all(abs(whole(q).norm() / w.norm() - 1) <= 1e-6 for _, q, w in pairs)

@@ -1,4 +1,4 @@
-"""The Keras network that asked the question, trained in Keras 3 and with projgd in PyTorch and JAX: the same weights.
+"""Keras 3 and projgd: the network that asked the question, trained in Keras, PyTorch and JAX; and its MinMaxNorm.
 
     Convolution2D(32, 3, 3, border_mode='same', activation='relu', kernel_constraint=max_norm(3))
 
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ import optax
 import pytest
 import torch
 
-from projgd import MaxNorm, report
+from projgd import MaxNorm, MinMaxNorm, report
 from projgd.optax import projection
 from projgd.torch import ProjectedSGD
 
-C, STEPS = 3.0, 50
+C, STEPS = 3.0, 25
 
 KERAS = """
 import sys, numpy as np, keras
@@ -46,7 +47,13 @@ def train(data, axis, rate):
 
 for i, (axis, rate) in enumerate({settings}):
     np.savez(sys.argv[1] + f"/trained{{i}}.npz", *train(np.load(sys.argv[1] + f"/data{{i}}.npz"), axis, rate))
+
+w = np.load(sys.argv[1] + "/w.npy")
+for i, (low, high, rate, axis) in enumerate({intervals}):
+    found = keras.constraints.MinMaxNorm(low, high, rate=rate, axis=axis)(keras.ops.convert_to_tensor(w))
+    np.save(sys.argv[1] + f"/w{{i}}.npy", keras.ops.convert_to_numpy(found))
 """
+INTERVALS = [(0.5, 2.0, 1.0, 0), (0.5, 2.0, 0.3, 0), (0.0, 1.0, 1.0, 0), (1.0, 1.0, 1.0, 1), (0.7, 0.9, 0.3, (0, 1))]
 
 
 @dataclass(frozen=True)
@@ -121,28 +128,46 @@ def with_jax(data, axis) -> list[np.ndarray]:
     return [np.asarray(params[layer][name]) for layer in ("conv", "dense") for name in ("kernel", "bias")]
 
 
-@pytest.fixture(scope="module", params=["jax", "torch"])
-def keras_weights(request, tmp_path_factory) -> dict[str, list[np.ndarray]]:
-    """What Keras 3 ends with on this backend, for each setting."""
+def weights_of_all_norms() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((6, 40)) * np.geomspace(1e-2, 30, 40)).astype(np.float32)
+    w[:, 7] = 0.0
+    return w
+
+
+@pytest.fixture(scope="module")
+def by_keras(tmp_path_factory) -> Path:
+    """The folder with what Keras 3 makes of our data, in a process of its own: there is one backend in a process."""
     folder = tmp_path_factory.mktemp("keras")
+    np.save(folder / "w.npy", weights_of_all_norms())
     for i, axis in enumerate(AXES.values()):
         np.savez(folder / f"data{i}.npz", **problem(axis))
-    code = KERAS.format(c=C, settings=[(axis.keras, axis.rate) for axis in AXES.values()])
-    environment = {**os.environ, "KERAS_BACKEND": request.param, "KERAS_HOME": str(folder)}
+    code = KERAS.format(c=C, settings=[(axis.keras, axis.rate) for axis in AXES.values()], intervals=INTERVALS)
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "KERAS_HOME": str(folder)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
-    return {name: list(np.load(folder / f"trained{i}.npz").values()) for i, name in enumerate(AXES)}
+    return folder
 
 
 @pytest.mark.parametrize("ours", [with_torch, with_jax])
 @pytest.mark.parametrize("name", AXES)
-def test_weights_agree_with_keras(ours, name, keras_weights):
+def test_weights_agree_with_keras(ours, name, by_keras):
     axis = AXES[name]
     found = ours(problem(axis), axis)
     (row,) = report({"kernel": found[0]}, MaxNorm(C, axis.jax)).rows
     assert row.violations == 0
     assert row.on_bound >= axis.binding
-    for weights, keras in zip(found, keras_weights[name], strict=True):
+    trained = np.load(by_keras / f"trained{list(AXES).index(name)}.npz").values()
+    for weights, keras in zip(found, trained, strict=True):
         np.testing.assert_allclose(weights, keras, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("i", range(len(INTERVALS)))
+def test_min_max_norm_is_that_of_keras(i, by_keras):
+    low, high, rate, axis = INTERVALS[i]
+    w = weights_of_all_norms()
+    ours = MinMaxNorm(low, high, rate, axis).project(w)
+    np.testing.assert_allclose(ours, np.load(by_keras / f"w{i}.npy"), rtol=1e-5, atol=1e-5)
+    assert (ours[:, 7] == 0).all()
