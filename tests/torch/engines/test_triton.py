@@ -22,6 +22,7 @@ from tests.contract import NUMPY, TIGHT, bits, exact_norms, judge
 from tests.torch.option_sets import EVERY, IDS
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # 0 · inf, which `tl.where` then drops
 TRITON = engine.Triton()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = ("float32", "bfloat16", "float16")
