@@ -1,10 +1,11 @@
 """That the benchmarks run, and that a part measured again takes the place of what was there: no figure is judged."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import keras_step
+from benchmarks import keras_step, workloads
 from benchmarks.__main__ import main
 from benchmarks.workloads import BOUNDS
 
@@ -15,7 +16,9 @@ def ways(record):
     return [(row["front"], row["workload"], row["way"], row["bound"]) for row in record["rows"]]
 
 
-def test_parts_are_measured_one_by_one_into_one_table(tmp_path, capsys):
+def test_parts_are_measured_one_by_one_into_one_table(tmp_path, capsys, monkeypatch):
+    for name in ("_mlp", "_small"):
+        monkeypatch.setattr(workloads, name, lambda: [(16, 12), (16,), (4, 16)])
     out = tmp_path / "results" / "cpu"
 
     def run(front, workload):
@@ -40,7 +43,15 @@ def test_parts_are_measured_one_by_one_into_one_table(tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_keras_trains_in_a_process_of_its_own_with_the_backend_asked_for():
+def test_keras_trains_in_a_process_of_its_own_with_the_backend_asked_for(monkeypatch, capsys):
+    """The process is this one, where Keras has the backend JAX already."""
+
+    def run(command, env, **_):
+        assert (env["KERAS_BACKEND"], command[3:]) == ("jax", ["mlp", "SGD", "0.05"])
+        keras_step.main("mlp", "SGD", 0.05)
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(keras_step.subprocess, "run", run)
     times = keras_step.measured("jax", "mlp", "SGD", seconds=0.05, threads=1)
     assert [bound for _, bound in times] == [None, *BOUNDS]
     assert all(min(taken) > 0 for taken in times.values())

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import projgd.optax
+import projgd.torch
 from tests.project.house import arguments, modules_of
 
 ROOT = Path(__file__).parents[2]
@@ -99,21 +101,13 @@ print("optax" in sys.modules)
 
 
 def test_top_level_names_are_the_fronts_own():
-    code = """
-import projgd, projgd.torch, projgd.optax
-assert projgd.ProjectedSGD is projgd.torch.ProjectedSGD
-assert projgd.ProjectedAdam is projgd.torch.ProjectedAdam
-assert projgd.ProjectedAdamW is projgd.torch.ProjectedAdamW
-assert projgd.maxnorm_projection is projgd.optax.maxnorm_projection
-assert set(projgd.__all__) <= set(dir(projgd))
-for name in projgd.__all__:
-    getattr(projgd, name)
-try:
-    projgd.ProjectedSDG
-except AttributeError as error:
-    print(error)
-"""
-    assert python(code) == "module 'projgd' has no attribute 'ProjectedSDG'\n"
+    for name in ("ProjectedSGD", "ProjectedAdam", "ProjectedAdamW"):
+        assert getattr(projgd, name) is getattr(projgd.torch, name)
+    assert projgd.maxnorm_projection is projgd.optax.maxnorm_projection
+    assert set(projgd.__all__) <= set(dir(projgd))
+    assert all(hasattr(projgd, name) for name in projgd.__all__)
+    with pytest.raises(AttributeError, match="module 'projgd' has no attribute 'ProjectedSDG'"):
+        _ = projgd.ProjectedSDG
 
 
 # ----------------------------------------------------------------------------------------------------------- the house

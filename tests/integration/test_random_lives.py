@@ -4,22 +4,21 @@ What is in force is kept here beside the optimizer, with radii of `Sphere("initi
 """
 
 import copy
-import dataclasses
-import io
-import pickle
 import random
 import warnings
 
 import pytest
 import torch
 
-from projgd import Box, MaxNorm, NonNegative, RelativeUpdate, Sphere, Split, TangentUpdate, UnitNorm
+from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, TangentUpdate, UnitNorm
 from projgd.torch import projected
+from tests.torch.common import copied, saved_and_loaded
 
 INNER = ["Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop"]
 INNER += ["Rprop", "SGD"]
 SETS = [None, MaxNorm(2.0), MaxNorm(0.5, 0), MaxNorm(1.0, None), MaxNorm(1.0, Split(0, 2, (1, 2))), UnitNorm()]
 SETS += [Sphere("initial"), Sphere("initial", None), Sphere(2.0, 0), NonNegative(), Box(-0.1, 0.1)]
+SETS += [MinMaxNorm(0.5, 2.0), MinMaxNorm(1.0, 1.5, axis=None)]
 
 
 def norms(p, constraint):
@@ -33,8 +32,9 @@ def holds(p, constraint, radius):
         return bool((p >= 0).all())
     if isinstance(constraint, Box):
         return bool(((p >= constraint.low) & (p <= constraint.high)).all())
-    if isinstance(constraint, MaxNorm):
-        return bool((norms(p, constraint) <= constraint.c).all())
+    if isinstance(constraint, (MaxNorm, MinMaxNorm)):
+        low, high = constraint.edges()
+        return bool(((low <= norms(p, constraint)) & (norms(p, constraint) <= high)).all())
     return constraint is None or bool(((norms(p, constraint) / radius - 1).abs() <= 1e-6).all())
 
 
@@ -77,12 +77,12 @@ class Life:
     def move_c(self, i, group):
         if isinstance(self.sets[i], MaxNorm):
             group["c"] = self.random.choice([0.3, 1.5, 3.0])
-            self.wants(i, dataclasses.replace(self.sets[i], c=group["c"]))
+            self.wants(i, self.sets[i].replace(c=group["c"]))
 
     def move_the_axis(self, i, group):
         if self.sets[i] is not None and self.sets[i].axis != "entries":
             group["axis"] = self.random.choice([0, 1, None, "fan_in"])
-            self.wants(i, dataclasses.replace(self.sets[i], axis=group["axis"]))
+            self.wants(i, self.sets[i].replace(axis=group["axis"]))
 
     def shape_the_update(self, i, group):
         if self.sets[i] is not None and self.sets[i].axis != "entries":
@@ -97,16 +97,13 @@ class Life:
             group["params"].append(self.weight())
 
     def deepcopy(self, i, group):
-        self.became(copy.deepcopy(self.optimizer))
+        self.became(copied("deepcopy", self.optimizer))
 
     def pickle(self, i, group):
-        self.became(pickle.loads(pickle.dumps(self.optimizer)))
+        self.became(copied("pickle", self.optimizer))
 
     def save_and_load(self, i, group, by_way_of_the_stock_optimizer=False):
-        file = io.BytesIO()
-        torch.save(self.optimizer.state_dict(), file)
-        file.seek(0)
-        state = torch.load(file)  # weights_only=True
+        state = saved_and_loaded(self.optimizer.state_dict())
         groups = [
             {"params": [torch.nn.Parameter(p.detach().clone()) for p in g["params"]]}
             for g in self.optimizer.param_groups
