@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from projgd.torch.engines.base import PLAIN, Engine, Job, form_of_gradients, is_alike
+from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -33,9 +33,6 @@ ENGINES: tuple[Engine, ...] = (Cpu(), Triton(), Graph(), Rows(WITHIN), Ranks(WIT
 
 NAMES = tuple(e.name for e in (ENGINES[0], ENGINES[1], *WITHIN))
 """What `engine=` may be: the others depend on the step, not on a wish."""
-
-STEPPED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers whose update some engine runs."""
 
 FREE = "free"
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from projgd.axes import Vectors
 from projgd.bands import Band
@@ -124,6 +124,43 @@ class Engine(ABC):
 def form_of_gradients(grads: Sequence[Tensor | None]) -> list[Any]:
     """Return what tells whether an engine that refused a gradient, or took it, would do so again."""
     return [g if g is None else g.stride() if g.layout is torch.strided else g.layout for g in grads]
+
+
+STEPPED = (SGD, Adam, AdamW)
+"""Optimizers whose update some engine runs."""
+
+
+def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
+    """Yield what keeps any engine from stepping a parameter, each with a sentence for the user."""
+    yield not job.group.get("fused"), "fused=True was not passed"
+    yield job.compiled, "torch.compile makes a graph of its own"
+    yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
+    yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
+    yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
+    yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
+    state, names = job.optimizer.state.get(p, {}), state_names(job)
+    found = {k: state[k] for k in names if state.get(k) is not None}
+    yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
+    count = found.pop("step", None)
+    is_usual = isinstance(count, Tensor) and (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
+    yield count is not None and not is_usual, "the step count is not a float32 tensor, as that of fused=True is"
+    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
+
+
+def state_names(job: Job) -> list[str]:
+    """Return the names of the states that engines step with, in the order in which kernels read them."""
+    if job.inner is SGD:
+        return ["momentum_buffer"] if job.group["momentum"] != 0 else []
+    return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
+
+
+def add_missing_states(job: Job, p: Tensor) -> None:
+    """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
+    state, count = job.optimizer.state[p], torch.empty((), dtype=torch.float32, device=p.device)
+    for name in state_names(job):
+        if state.get(name) is None:
+            value = -0.0 if name == "momentum_buffer" else 0.0
+            state[name] = torch.full_like(count if name == "step" else p, value)
 
 
 def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[Engine | None, dict[str, str]]:
