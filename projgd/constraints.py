@@ -458,7 +458,8 @@ def positive(name: str, value: Scalar) -> Scalar:
     """
     read = number(name, value)
     if isinstance(read, float) and not 0 < read < math.inf:
-        raise ValueError(f"{name}={read} must be positive and finite, such as {name}=4.0; pass None for no bound")
+        or_none = "; pass None for no bound" if name == "c" else ""
+        raise ValueError(f"{name}={read} must be positive and finite, such as {name}=4.0{or_none}")
     return read
 
 

@@ -71,7 +71,7 @@ def _make(cls: type[Optimizer]) -> type[Projected]:
         return _make_blank, (cls,), self.__getstate__()
 
     body = {"__init__": init, "__reduce_ex__": reduce_ex, "__doc__": f"Hyperball over `{cls.__qualname__}`."}
-    return cast("type[Projected]", type(f"Hyperball{cls.__name__}", (base,), {**body, "__module__": cls.__module__}))
+    return cast("type[Projected]", type(f"Hyperball{cls.__name__}", (base,), {**body, "__module__": base.__module__}))
 
 
 def _make_blank(cls: type[Optimizer]) -> Projected:
