@@ -68,6 +68,8 @@ def _make(cls: type[Optimizer]) -> type[Projected]:
         base.__init__(self, params, *args, **kwargs, **fixed)
 
     def reduce_ex(self: Projected, protocol: Any) -> Any:
+        if type(self) is not hyperball(cls):  # a subclass that somebody wrote: found by its own name
+            return base.__reduce_ex__(self, protocol)
         return _make_blank, (cls,), self.__getstate__()
 
     body = {"__init__": init, "__reduce_ex__": reduce_ex, "__doc__": f"Hyperball over `{cls.__qualname__}`."}
