@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.torch.option_sets import EVERY, IDS
 
 from projgd import Box, MaxNorm, MinMaxNorm, RelativeUpdate, Sphere, UnitNorm, projections
 from projgd.axes import Split
@@ -19,7 +20,6 @@ from projgd.torch import ProjectedAdamW, ProjectedSGD
 from projgd.torch.engines import triton as engine
 from projgd.torch.engines.base import Job
 from tests.contract import NUMPY, TIGHT, bits, exact_norms, judge
-from tests.torch.option_sets import EVERY, IDS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # 0 · inf, which `tl.where` then drops
