@@ -57,18 +57,31 @@ class Band:
     filled: Scalar | None = None
     inner: Scalar | None = None
 
-    def goal(self, norms: Array, xp: ModuleType, unit: float = 1.0) -> Array:
+    def goal(self, norms: Array, xp: ModuleType, unit: Scalar = 1.0) -> Array:
         """Return what norms become: a norm in the band itself, another one `up` or `down`.
 
         Args:
             norms: computed norms times `unit`; with a small unit nothing overflows.
             xp: their array namespace.
-            unit: a power of two.
+            unit: a power of two, or one for each norm.
         """
         goal = xp.where(norms <= self.high * unit, norms, self.down * unit)  # "not inside": a bound of NaN shows
         if isinstance(self.low, float) and self.low == 0:
             return goal
         return xp.where(norms >= self.low * unit, goal, self.up * unit)
+
+    def targets(self, size: Array, r: Array, xp: ModuleType) -> tuple[Array, Array, Array]:
+        """Return which vectors of norm size · r move, the norm that each gets, and which of them get shorter.
+
+        Args:
+            size: norms of vectors that were divided by r.
+            r: the largest magnitude in each vector.
+            xp: their array namespace.
+        """
+        unit = xp.where(r > 1, xp.full_like(r, 2.0**-16), xp.ones_like(r))  # so that no norm over- or underflows
+        norms = size * (r * unit)
+        goal = self.goal(norms, xp, unit)
+        return xp.isfinite(norms) & (norms > 0) & (goal != norms), goal / unit, norms > goal
 
     def factors(self, norms: Array, xp: ModuleType) -> Array:
         """Return what each vector is multiplied by, in the dtype of `norms`: exactly 1 where it stays.

@@ -430,19 +430,21 @@ def number(name: str, value: Scalar) -> Scalar:
     Raises:
         TypeError: not a number, or several.
     """
-    is_bool = isinstance(value, bool)
-    plain = isinstance(value, (int, float)) and not is_bool  # torch.compile cannot ask a number that moves for a dtype
-    if not plain and (is_bool or isinstance(value, (str, bytes)) or value is None or _is_bool_array(value)):
-        raise TypeError(f"{name}={value!r} is not a number: pass one such as {name}=1.0")
-    if not plain and math.prod(getattr(value, "shape", ())) != 1:
-        raise TypeError(f"{name} is an array of shape {tuple(value.shape)}: pass one number, such as {name}=1.0")
-    if not plain and getattr(value, "shape", None) is None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)  # torch.compile cannot ask a number that moves for a dtype
+    shape = getattr(value, "shape", None)
+    refusal = TypeError(f"{name}={value!r} is not a number: pass one such as {name}=1.0")
+    if value is None or isinstance(value, (bool, str, bytes)) or _is_bool_array(value):
+        raise refusal
+    if shape is None:
         try:
             return float(value)
         except (TypeError, ValueError):
-            raise TypeError(f"{name}={value!r} is not a number: pass one such as {name}=1.0") from None
+            raise refusal from None
+    if math.prod(shape) != 1:
+        raise TypeError(f"{name} is an array of shape {tuple(shape)}: pass one number, such as {name}=1.0")
     try:
-        return float(value)
+        return float(value.reshape(()))
     except TypeError:  # JAX refuses to read a traced array
         return value
 

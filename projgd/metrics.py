@@ -24,7 +24,7 @@ from array_api_compat import array_namespace
 from projgd import projections
 from projgd.axes import Vectors
 from projgd.bands import Band
-from projgd.projections import SMALL, fill
+from projgd.projections import fill
 from projgd.sums import FLOATS, Array, float_type, norm_error, root, scale, tree_sum
 
 NAMES = ("euclidean", "adaptive")
@@ -75,10 +75,8 @@ def project_band(
     if 0 in x.shape:
         return x
     z, r = scale(x, axes, xp)
-    norms = root(tree_sum(z * z, axes, xp), xp) * (r * SMALL)
-    goal = band.goal(norms, xp, SMALL)
-    moves = xp.isfinite(norms) & (norms > 0) & (goal != norms)
-    points = _Points(z, r, goal / SMALL, moves, norms > goal)
+    moves, goal, shorter = band.targets(root(tree_sum(z * z, axes, xp), xp), r, xp)
+    points = _Points(z, r, goal, moves, shorter)
     unit = _solve(_equation(points, metric, axes, xp), axes, xp, repeat or _all_steps)
     q = unit * points.goal
     if band.pull != 1:

@@ -15,9 +15,6 @@ from array_api_compat import array_namespace
 from projgd.bands import Band
 from projgd.sums import Array, float_type, root, running_sum, scale, tree_sum
 
-SMALL = 2.0**-16
-"""Norms are compared this much smaller, where neither side overflows."""
-
 
 def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
     """Scale every vector whose norm is outside of the band to the norm that the band gives it.
@@ -42,16 +39,14 @@ def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | N
         return x
     z, r = scale(x, axes, xp)  # z = x / r has no entry above 1, so that nothing over- or underflows
     z_norm = root(tree_sum(z * z, axes, xp), xp)
-    norms = z_norm * (r * SMALL)
-    goal = band.goal(norms, xp, SMALL)
-    moves = xp.isfinite(norms) & (norms > 0) & (goal != norms)
+    moves, goal, shorter = band.targets(z_norm, r, xp)
     length = xp.where(moves, z_norm, xp.ones_like(z_norm))
-    y = z * (goal / SMALL / length)
+    y = z * (goal / length)
     if band.pull != 1:
         y = band.pull * y + (1 - band.pull) * x
     stored = xp.astype(y, x.dtype)
     if band.filled is not None:
-        stored = xp.where(norms > goal, fill(z / length, band, axes, x.dtype), stored)
+        stored = xp.where(shorter, fill(z / length, band, axes, x.dtype), stored)
     return xp.where(moves, stored, x)
 
 

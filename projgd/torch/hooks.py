@@ -60,31 +60,24 @@ def project_after_step(
         )
     chosen = _choose(optimizer, constraint, model)
     seen: list[list[int]] = []  # once more at the first step: the model may have been wrapped since
-    router = routing.Router()
+    parts: list[tuple[Constraint, list[torch.Tensor]]] = []
+    router, options = routing.Router(), {"without_grad": without_grad}
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal chosen, seen
+        nonlocal chosen, seen, parts
         if (now := _tensors(optimizer)) != seen:
             if list(map(len, now)) != list(map(len, chosen)):
                 chosen = _choose(optimizer, constraint, model)
             _check(optimizer, chosen)  # before the step writes anything
-            seen = now
+            seen, parts = now, _by_constraint(optimizer, chosen)
             router.clear()
         forget_written_tables()
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         skip = getattr(optimizer, "found_inf", None)
-        work = []
-        for group, constraints in zip(optimizer.param_groups, chosen, strict=True):
-            by_constraint: dict[Constraint, list[torch.Tensor]] = {}
-            for p, own in zip(group["params"], constraints, strict=True):
-                if own is not None and (without_grad or p.grad is not None):
-                    by_constraint.setdefault(own, []).append(p)
-            options = {"without_grad": without_grad}
-            for own, params in by_constraint.items():
-                work.append((Job(optimizer, type(optimizer), options, own, skip=skip), params))
+        jobs = [Job(optimizer, type(optimizer), options, own, skip=skip, params=params) for own, params in parts]
         with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-            routing.project(router.routes(work, may_step=False))
+            routing.project(router.routes(jobs, may_step=False))
 
     pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     handle = RemovableHandle(post, extra_dict=pre)
@@ -122,6 +115,16 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
     if model is None and isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, held)
     return chosen
+
+
+def _by_constraint(optimizer: Optimizer, chosen: Chosen) -> list[tuple[Constraint, list[torch.Tensor]]]:
+    """Return every constraint with its parameters."""
+    found: dict[Constraint, list[torch.Tensor]] = {}
+    for group, constraints in zip(optimizer.param_groups, chosen, strict=True):
+        for p, own in zip(group["params"], constraints, strict=True):
+            if own is not None:
+                found.setdefault(own, []).append(p)
+    return list(found.items())
 
 
 def _tensors(optimizer: Optimizer) -> list[list[int]]:

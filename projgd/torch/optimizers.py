@@ -152,12 +152,7 @@ class Projected(Optimizer):
                 loss = closure()
         with torch.no_grad():
             work = self._routes({}, may_step=True)
-            stepped: set[int] = set()
-            for job, route in work:
-                if route.engine.steps:
-                    route.run(job)
-                    stepped |= set(map(id, route.params))
-            if rest := routing.without(self, stepped):
+            if rest := routing.step(work, self):
                 self._run_inner(rest, None)
             self._run(work)
         return loss
@@ -214,11 +209,10 @@ class Projected(Optimizer):
         self._has_projected = True
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
-        compiled = torch.compiler.is_compiling()
-        work = [(job, routing.projected_params(job.group)) for job in self._jobs(kept, compiled)]
+        jobs = self._jobs(kept, compiled := torch.compiler.is_compiling())
         if compiled:
-            return [(job, route) for job, params in work for route in routing.make_routes(job, params, may_step)]
-        return self._router.routes(work, may_step)
+            return [(job, route) for job in jobs for route in routing.make_routes(job, may_step)]
+        return self._router.routes(jobs, may_step)
 
     def _jobs(self, kept: Mapping[Tensor, dict[str, Any]], compiled: bool) -> list[Job]:
         radii, skip = self._all_radii(), getattr(self, "found_inf", None)
@@ -233,6 +227,7 @@ class Projected(Optimizer):
                 skip,
                 self._engine,
                 compiled,
+                group["params"],
             )
             for group, seen in zip(self.param_groups, self._seen, strict=True)
         ]

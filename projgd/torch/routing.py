@@ -5,8 +5,6 @@ The same question to the same engines makes the routes of a step and the report 
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from projgd.torch.engines.base import PLAIN, Engine, Job, is_alike
+from projgd.torch.engines.base import PLAIN, Engine, Job, form_of_gradients, is_alike
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -112,13 +110,17 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
     return None, refusals
 
 
-def make_routes(job: Job, params: Sequence[Tensor], may_step: bool) -> list[Route]:
-    """Return the routes of parameters: one for each engine that takes some of them."""
+def make_routes(job: Job, may_step: bool) -> list[Route]:
+    """Return the routes of a job: one for each engine that takes some of its parameters.
+
+    Projected are the parameters that have a gradient, or all where the group says `without_grad`.
+    """
     taken: dict[Engine, list[Tensor]] = {}
-    for p in params:
-        engine, _ = choose(job, p, may_step and p.grad is not None)
-        if engine is not None:
-            taken.setdefault(engine, []).append(p)
+    for p in job.params:
+        if p.grad is not None or job.group["without_grad"]:
+            engine, _ = choose(job, p, may_step and p.grad is not None)
+            if engine is not None:
+                taken.setdefault(engine, []).append(p)
     made = []
     for engine, some in taken.items():
         prepared = engine.prepare(job, some)
@@ -129,12 +131,6 @@ def make_routes(job: Job, params: Sequence[Tensor], may_step: bool) -> list[Rout
 def may_step(inner: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether an engine may run the optimizer's update in some group."""
     return inner in STEPPED and any(group.get("fused") for group in groups)
-
-
-def projected_params(group: Mapping[str, Any]) -> list[Tensor]:
-    """Return the parameters of a group that a step projects: those with a gradient, or all with `without_grad`."""
-    params: list[Tensor] = group["params"]
-    return list(params) if group["without_grad"] else [p for p in params if p.grad is not None]
 
 
 def project(work: Iterable[tuple[Job, Route]]) -> None:
@@ -151,12 +147,22 @@ def is_skipped(skip: Tensor | None) -> bool:
     )
 
 
-def without(optimizer: Optimizer, stepped: set[int]) -> Optimizer | None:
-    """Return a view of an optimizer without the parameters with these ids; None if none with a gradient remains.
+def step(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer | None:
+    """Run the engines that step, and return the optimizer for the parameters that they leave.
 
-    It shares everything but its param groups with the optimizer, whose own groups nobody sees changed.
+    Returns:
+        A view of `optimizer` without the parameters that were stepped; None if none with a gradient remains. The view
+        shares everything but its param groups with the optimizer, whose own groups nobody sees changed.
     """
-    groups = [_without(optimizer, group, stepped) for group in optimizer.param_groups]
+    stepped: list[Tensor] = []
+    for job, route in work:
+        if route.engine.steps:
+            route.run(job)
+            stepped += route.params
+    if len(stepped) == sum(len(group["params"]) for group in optimizer.param_groups):
+        return None
+    ids = set(map(id, stepped))
+    groups = [_without(optimizer, group, ids) for group in optimizer.param_groups]
     groups = [g for g in groups if any(p.grad is not None for p in g["params"])]
     if not groups:
         return None
@@ -196,9 +202,8 @@ def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[
     """Raise ValueError for the engine that the user asks for if it refuses a parameter, naming it and the reason."""
     constraint = constraint_of(group)
     inner = getattr(optimizer, "inner", type(optimizer))
-    job = Job(optimizer, inner, group, constraint, forced=engine)
     radii = take_initial(constraint, named)
-    job = dataclasses.replace(job, radii=radii)
+    job = Job(optimizer, inner, group, constraint, radii=radii, forced=engine)
     with torch.no_grad():
         for name, p in named.items():
             try:
@@ -214,33 +219,46 @@ class Router:
         self._known: dict[int, _Known] = {}
 
     def clear(self) -> None:
-        """Forget all routes: settings have changed."""
+        """Forget all routes: settings or parameters have changed."""
         self._known.clear()
 
-    def routes(self, work: Sequence[tuple[Job, list[Tensor]]], may_step: bool) -> list[tuple[Job, Route]]:
-        """Return the routes of jobs and their parameters, each with its job."""
+    def routes(self, jobs: Sequence[Job], may_step: bool) -> list[tuple[Job, Route]]:
+        """Return the routes of jobs, each with its job."""
         found = []
-        for i, (job, params) in enumerate(work):
+        for i, job in enumerate(jobs):
             known = self._known.get(i)
-            if known is None or not known.holds(job, params, may_step):
-                known = _Known(params, may_step, job.skip is None, make_routes(job, params, may_step))
-                self._known[i] = known
+            if known is None or not known.holds(job, may_step):
+                known = self._known[i] = _Known.of(job, may_step)
             found += [(job, route) for route in known.routes]
         return found
 
 
 @dataclass(frozen=True)
 class _Known:
-    """The routes of some parameters, and what they depend on beside settings and memory."""
+    """The routes of a job, and what they depend on beside settings and memory.
 
-    params: list[Tensor]
-    may_step: bool
-    is_unscaled: bool
+    Attributes:
+        routes: the routes.
+        situation: whether an engine may step, and whether a GradScaler scales.
+        others: the parameters that no engine takes now, but may take when they get a gradient, or another.
+        forms: what their gradients are.
+    """
+
     routes: list[Route]
+    situation: tuple[bool, bool]
+    others: list[Tensor]
+    forms: list[Any]
 
-    def holds(self, job: Job, params: list[Tensor], may_step: bool) -> bool:
+    @classmethod
+    def of(cls, job: Job, may_step: bool) -> _Known:
+        routes = make_routes(job, may_step)
+        taken = {id(p) for route in routes for p in route.params}
+        others = [p for p in job.params if id(p) not in taken and (may_step or p.grad is None)]
+        return cls(routes, (may_step, job.skip is None), others, form_of_gradients(job.gradients(others)))
+
+    def holds(self, job: Job, may_step: bool) -> bool:
         return (
-            (may_step, job.skip is None, len(params)) == (self.may_step, self.is_unscaled, len(self.params))
-            and all(map(operator.is_, params, self.params))
+            (may_step, job.skip is None) == self.situation
+            and form_of_gradients(job.gradients(self.others)) == self.forms
             and all((now := r.engine.memory(job, r.params)) is not None and now == r.memory for r in self.routes)
         )

@@ -307,9 +307,7 @@ def _norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
         return cast("Tensor", norm(x, axes, xp))
     if _can_look(x):
-        found = eager.norms(x, axes)
-        if bool(_is_usual(found).all()):
-            return found
+        return eager.norms(x, axes)
     return cast("Tensor", torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float64))
 
 

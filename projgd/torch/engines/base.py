@@ -25,6 +25,9 @@ from projgd.torch.metrics import Metric
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes of tensors that are what they seem: not sharded, not wrapped."""
 
+_gradient: Any = vars(torch._C.TensorBase)["grad"].__get__
+_address, _stride = Tensor.data_ptr, Tensor.stride
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,6 +44,7 @@ class Job:
             is. None without a GradScaler.
         forced: the name of the engine that the user asks for; None for the best one.
         compiled: whether torch.compile traces the step.
+        params: the parameters that it is about: those of the group, or some of them.
     """
 
     optimizer: Optimizer
@@ -52,6 +56,14 @@ class Job:
     skip: Tensor | None = None
     forced: str | None = None
     compiled: bool = False
+    params: Sequence[Tensor] = ()
+    _gradients: dict[int, list[Any]] = field(default_factory=dict, repr=False)
+
+    def gradients(self, params: Sequence[Tensor]) -> list[Any]:
+        """Return the gradients of parameters, for one list of them asked once: with many small tensors that counts."""
+        if id(params) not in self._gradients:
+            self._gradients[id(params)] = list(map(_gradient, params))
+        return self._gradients[id(params)]
 
     def vectors(self, p: Tensor) -> Vectors | None:
         """Return the vectors of a parameter that the constraint is about; None where nothing of it is projected."""
@@ -101,13 +113,17 @@ class Engine(ABC):
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
         """Return what has to be the same at the next step for `prepared` to hold; None if nothing holds.
 
-        Here that is where parameters and gradients lie, and in which form.
+        Here that is where parameters lie, and in which form parameters and gradients are.
         """
-        return [
-            (type(p), p.shape, *((p.data_ptr(), p.stride()) if type(p) in PLAIN else ()), g is not None and g.layout)
-            for p in params
-            for g in (p.grad,)
-        ]
+        forms = form_of_gradients(job.gradients(params))
+        if all(type(p) in PLAIN for p in params):
+            return forms, list(map(_address, params)), list(map(_stride, params)), [p.shape for p in params]
+        return forms, [(type(p), p.shape, (p.data_ptr(), p.stride()) if type(p) in PLAIN else None) for p in params]
+
+
+def form_of_gradients(grads: Sequence[Tensor | None]) -> list[Any]:
+    """Return what tells whether an engine that refused a gradient, or took it, would do so again."""
+    return [g if g is None else g.stride() if g.layout is torch.strided else g.layout for g in grads]
 
 
 def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[Engine | None, dict[str, str]]:

@@ -62,7 +62,7 @@ class Cpu(Engine):
             for k in prepared.starting:
                 job.optimizer.state[params[k]].pop("momentum_buffer", None)  # it holds no momentum yet
             return
-        grads: list[Any] = [p.grad for p in params]
+        grads = job.gradients(params)
         scale = getattr(job.optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else float(scale)
         unsettled = prepared.step(job, list(map(_address, grads)), scale)
@@ -71,16 +71,16 @@ class Cpu(Engine):
             _project_in_metric(params[k], job)
 
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
-        """Return where parameters and states lie, and the strides of parameters and gradients.
+        """Return where parameters and states lie, and the form of parameters and gradients.
 
         None where a state or a gradient is missing, a gradient is sparse, or the process was forked.
         """
         if _forked:
             return None
-        names, state = _state_names(job), job.optimizer.state
-        grads: list[Any] = [p.grad for p in params]
+        names, state, grads = _state_names(job), job.optimizer.state, job.gradients(params)
         try:
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
+            found.append(list(map(Tensor.numel, grads)))
             if names:  # in the order of the parameters, if it can be, because looking one up runs Python code
                 in_order = len(state) == len(params) and all(map(operator.is_, state, params))
                 states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))

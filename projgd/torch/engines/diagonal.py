@@ -61,10 +61,10 @@ class Diagonal(Engine):
 
 
 def _project_rows(p: Tensor, rows: Tensor, band: Band, job: Job) -> None:
-    found = norms(rows.float(), (1,)).flatten()
-    if found.max().item() <= band.high or job.metric is None:
-        return
+    found = norms(rows.float(), (1,), shortest=0.0).flatten()
     outside = ((found > band.high) & (found < torch.inf)).nonzero().flatten()
+    if not outside.numel() or job.metric is None:
+        return
     for some in outside.split(max(1, CHUNK // rows.shape[1])):
         y = rows.index_select(0, some)
         d = job.metric(p, lambda t, some=some: t.reshape(rows.shape).index_select(0, some))  # type: ignore[misc]

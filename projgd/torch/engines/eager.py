@@ -167,7 +167,7 @@ class _Batch:
             if a.sources:
                 torch.cat(a.sources, out=a.x)
             if _rows(a.x, a.axes) is None:
-                norm.copy_(norms(a.x.float(), a.axes))
+                norm.copy_(_quick_norms(a.x.float(), a.axes))
         for block, partial in blocks:
             _norm(block, 2, 2, out=partial)
         for partial, norm in rows:
@@ -309,8 +309,23 @@ def _rows(x: Tensor, axes: tuple[int, ...]) -> tuple[int, int, int] | None:
     return _cut_rows(tuple(x.shape), x.stride(), axes) if x.dtype == torch.float32 else None
 
 
-def norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return ‖x‖₂ of float32 vectors in float64, reduced axes kept with size 1. Squares may over- or underflow."""
+def norms(x: Tensor, axes: tuple[int, ...], shortest: float = NEAR) -> Tensor:
+    """Return ‖x‖₂ of float32 vectors on a CPU in float64, reduced axes kept with size 1.
+
+    Args:
+        x: the array.
+        axes: the axes that make one vector.
+        shortest: norms below this may come out smaller than they are.
+    """
+    found = _quick_norms(x, axes)
+    least, most = (n.item() for n in found.aminmax()) if found.numel() else (1.0, 1.0)
+    if min(NEAR, shortest) <= least and most < FAR:
+        return found
+    return _norm(x, 2, axes, keepdim=True, dtype=torch.float64)  # type: ignore[no-any-return]
+
+
+def _quick_norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return what `norms` does, but that squares may over- or underflow."""
     cut = _rows(x, axes)
     if cut is not None:
         blocks = _norm(x.as_strided(cut, (cut[1] * cut[2], cut[2], 1)), 2, 2)

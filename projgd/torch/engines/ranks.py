@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from projgd.axes import Axis, Split, Vectors, resolve
 from projgd.bands import Band
 from projgd.constraints import Constraint
-from projgd.projections import SMALL
 from projgd.sums import tree_sum
 from projgd.torch.engines.base import Engine, Job, float_kind, project_with
 from projgd.torch.metrics import Pick
@@ -214,12 +213,10 @@ def _project(parts: list[Part], job: Job) -> None:
         # An entry that is not finite shows in the sum where it has not in the largest entry.
         r = torch.where(torch.isfinite(total), r, total)
         band = _band(part, job)
-        norms = z_norm * (r * SMALL)
-        goal = band.goal(norms, torch, SMALL)
-        moves = torch.isfinite(norms) & (norms > 0) & (goal != norms)
+        moves, goal, _ = band.targets(z_norm, r, torch)
         if job.skip is not None:
             moves = moves & ~(job.skip.to(moves.device) > 0)
-        factor = goal / SMALL / torch.where(moves, z_norm, 1.0)
+        factor = goal / torch.where(moves, z_norm, 1.0)
         y = scaled(part, scale).mul_(factor[part.row])
         if band.pull != 1:
             y = band.pull * y + (1 - band.pull) * part.local
