@@ -70,7 +70,7 @@ def _project_rows(p: Tensor, rows: Tensor, band: Band, job: Job) -> None:
         d = job.metric(p, lambda t, some=some: t.reshape(rows.shape).index_select(0, some))  # type: ignore[misc]
         near = found[some]
         if d is None:
-            stored = y * (band.down / near).to(y.dtype).unsqueeze(1)
+            stored = (y.float() * (band.down / near).float().unsqueeze(1)).to(y.dtype)
         elif near.max().item() < 2.0**10 * band.down and (solved := _solve(y, d, near, band)) is not None:
             stored = solved
         else:
@@ -94,7 +94,7 @@ def _solve(y: Tensor, d: Tensor, near: Tensor, band: Band) -> Tensor | None:
     if not (least.item() >= SMALLEST and most.item() <= 1 / SMALLEST):  # a NaN, too
         return None
     d = d.float()
-    x = torch.div(y, band.down, out=torch.empty_like(d))
+    x = y.float() / band.down
     u, below = x * d, d
     size, nu = (near / band.down).float().unsqueeze(1), torch.zeros(len(y), 1)
     memory = torch.empty_like(x)
