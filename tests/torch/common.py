@@ -17,6 +17,17 @@ def weight(*shape, value=5.0):
     return torch.nn.Parameter(torch.full(shape or (4, 3), value))
 
 
+def random(*shapes, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(scale * torch.randn(s, generator=generator)) for s in shapes]
+
+
+def give_gradients(params, seed):
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+
+
 def step(optimizer, gradient=0.0):
     """One step in which every gradient is a number throughout."""
     for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, projected
-from tests.torch.common import STOCK, THIRD, matrices_and, same, step_matrices
+from tests.torch.common import STOCK, THIRD, give_gradients, matrices_and, random, same, step_matrices
 
 FLAGS = (False, True)
 MOMENTUM: tuple[dict[str, Any], ...] = (
@@ -33,11 +33,6 @@ EVERY: list[tuple[Any, dict[str, Any]]] = [
 IDS = ["-".join([cls.__name__, *(f"{k}={v}" for k, v in options.items() if v and k != "lr")]) for cls, options in EVERY]
 
 
-def weights(shapes):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
-
-
 @pytest.mark.parametrize("cls", STOCK + THIRD, ids=lambda cls: cls.__name__)
 def test_the_step_of_any_optimizer_is_the_plain_one_bit_for_bit(cls):
     net, plain = matrices_and(cls, cls)
@@ -54,7 +49,7 @@ def test_the_step_of_any_optimizer_is_the_plain_one_bit_for_bit(cls):
 @pytest.mark.parametrize(("cls", "options"), EVERY[:-1], ids=IDS[:-1])  # foreach=True takes no tensor as its rate
 def test_with_any_options_the_default_step_is_the_plain_one_bit_for_bit(cls, options, foreach):
     ways = [{"c": None}, {"c": 1e4}] + [{"c": 1e4, "metric": "adaptive"}] * (cls is not ProjectedSGD)
-    plain, *ours = (weights([(4, 3), (4,), (3, 2, 3, 3)]) for _ in range(1 + len(ways)))
+    plain, *ours = (random((4, 3), (4,), (3, 2, 3, 3)) for _ in range(1 + len(ways)))
     stock = cls.inner(plain, foreach=foreach, **options)
     optimizers = [cls(params, foreach=foreach, **options, **way) for params, way in zip(ours, ways, strict=True)]
     generator = torch.Generator().manual_seed(1)
@@ -72,6 +67,11 @@ def test_with_any_options_the_default_step_is_the_plain_one_bit_for_bit(cls, opt
             assert same(dict(stock.state[p]), dict(optimizer.state[q]))
 
 
+def device_of(engine):
+    """Triton's kernel is interpreted where there is no GPU."""
+    return "cuda" if engine == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def ulps(a, b, *operands):
     """Distance in last places of the largest number that went into the sum."""
     size = torch.stack([x.detach().abs().double() for x in (a, b, *operands)]).amax(0)
@@ -85,14 +85,14 @@ def check_fused_steps(engine, cls, options, dtype, shapes, allowed, c):
 
     The stock optimizer steps in float32: torch's own fused SGD in bfloat16 is wrong by a tenth of the update.
     """
-    ours = [torch.nn.Parameter(p.to(dtype)) for p in weights(shapes)]
+    ours = [torch.nn.Parameter(p.to(device_of(engine), dtype)) for p in random(*shapes)]
     theirs = [torch.nn.Parameter(p.to(torch.float32, copy=True)) for p in ours]
     optimizer = cls(ours, fused=True, engine=engine, c=c, **options)
     stock = cls.inner(theirs, fused=True, **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device, dtype)
             q.grad = p.grad.to(torch.float32, copy=True)
         states = [[x.clone() for x in optimizer.state[p].values() if x.ndim] for p in ours]
         before = [[p.clone(), *s] for p, s in zip(ours, states, strict=True)]
@@ -134,3 +134,32 @@ def test_with_any_options_a_step_in_triton_is_the_plain_one_to_two_ulps(cls, opt
 def test_in_triton_so_are_steps_in_other_dtypes_and_shapes(cls, options, dtype):
     # Among so many entries torch's own steps differ from exact arithmetic by up to 3.7 ulps, and from each other by 4.
     check_fused_steps("triton", cls, options, dtype, [(6, 40), (16, 64), (17,), (1, 2100), (4, 3, 3, 3)], 4, 1e4)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(ProjectedSGD, {"momentum": 0.9, "nesterov": True}), (ProjectedAdamW, {"amsgrad": True})],
+    ids=["SGD", "AdamW"],
+)
+def test_the_state_of_a_fused_step_goes_to_the_stock_optimizer_and_back(engine, cls, options):
+    pytest.importorskip("numba" if engine == "cpu" else "triton")
+    params, straight = (
+        [torch.nn.Parameter(p.to(device_of(engine))) for p in random((12, 40), (40,), (3, 70))] for _ in range(2)
+    )
+    current = cls(params, lr=0.01, c=1e4, fused=True, engine=engine, **options)
+    reference = cls.inner(straight, lr=0.01, fused=True, **options)
+    for i in range(5):
+        if i in (2, 3):
+            ours = {"c": 1e4, "engine": engine} if i == 3 else {}
+            other = (cls if i == 3 else cls.inner)(params, lr=0.01, fused=True, **options, **ours)
+            state = current.state_dict()
+            groups = [{k: g[k] for k in g if k in other.param_groups[0]} for g in state["param_groups"]]
+            other.load_state_dict({**state, "param_groups": groups})
+            current = other
+        give_gradients(params, i), give_gradients(straight, i)
+        current.step(), reference.step()
+        for p, q in zip(params, straight, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert current.state[p].keys() == reference.state[q].keys()
+            q.data.copy_(p)

@@ -17,21 +17,10 @@ from projgd import Box, MaxNorm, MinMaxNorm, RelativeUpdate, Sphere, TangentUpda
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.cpu import Cpu
-from tests.torch.common import longest, same, weight
+from tests.torch.common import give_gradients, longest, random, same, weight
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 FUSED = pytest.mark.parametrize("fused", [True, None], ids=["fused", "default"])
-
-
-def give_gradients(params, seed):
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def random(*shapes, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(scale * torch.randn(s, generator=generator)) for s in shapes]
 
 
 def check_beside_stock(fused, cls, c, shapes, prepare, steps=5, **options):

@@ -24,6 +24,7 @@ from projgd.torch.routing import ENGINES, NAMES
 from tests.contract import NUMPY, TIGHT, at_the_threshold, exact_norms, judge_at_the_threshold, judge_norms
 from tests.torch.common import SHORT, columns, rows_of, tensor_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # 0 · inf, which Triton then drops
 SETS = {
     "MaxNorm": lambda axis: MaxNorm(1.0, axis),
     "UnitNorm": lambda axis: UnitNorm(axis),
@@ -61,6 +62,11 @@ class Way:
     made: Any = ProjectedSGD
     options: dict[str, Any] = field(default_factory=dict)
     step: Callable[[Any], None] = lambda optimizer: optimizer.step()
+
+    @property
+    def device(self):
+        """Triton's kernel is interpreted where there is no GPU."""
+        return "cuda" if self.engine == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def compiled(optimizer):
@@ -122,9 +128,10 @@ def _has_what_it_needs(request):
         request.getfixturevalue("rounds_to_bfloat16")
 
 
-def laid_out_as(x, values):
+def laid_out_as(x, values, device=None):
     """A tensor that lies in memory as x does, gaps included."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(torch.as_tensor(values, dtype=x.dtype))
+    empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
+    return empty.copy_(torch.as_tensor(values, dtype=x.dtype))
 
 
 def weights(layout, dtype, has_radii=False, is_usual=False):
@@ -193,7 +200,7 @@ def test_every_engine_keeps_the_contract(way, set_, dtypes):
     name, way = way, WAYS[way]
     taken = [(layout, d) for d in dtypes for layout in SHOWN.get(name, LAYOUTS) if way.takes(set_, layout, d)]
     made = [weights(layout, d, set_ == "initial", name == "eager") for layout, d in taken]
-    params = [torch.nn.Parameter(laid_out_as(x, 0 if name == "rows" else x)) for x, _ in made]
+    params = [torch.nn.Parameter(laid_out_as(x, 0 if name == "rows" else x, way.device)) for x, _ in made]
     groups = [
         {"params": [p], "constraint": SETS[set_](LAYOUTS[layout][1])}
         for (layout, _), p in zip(taken, params, strict=True)
@@ -204,7 +211,7 @@ def test_every_engine_keeps_the_contract(way, set_, dtypes):
         for p, (x, vectors) in zip(params, made, strict=True) if set_ == "initial" else []:
             edges.append((exact_norms(columns(x, vectors)),) * 2)
             rows = rows_of(p.detach().clone(), vectors)
-            rows *= torch.tensor([0.5, 4.0], dtype=p.dtype).repeat(len(rows))[: len(rows), None]
+            rows *= torch.tensor([0.5, 4.0], dtype=p.dtype, device=p.device).repeat(len(rows))[: len(rows), None]
             p.copy_(tensor_of(rows, vectors, p.shape))
     before = without_a_set(name, params, made)
     if name == "rows":
@@ -262,7 +269,8 @@ AT_THE_THRESHOLD = {
 def test_the_threshold_belongs_to_what_stays(way, data):
     w, c = data.draw(at_the_threshold(AT_THE_THRESHOLD[way]))
     name, way = way, WAYS[way]
-    p = torch.nn.Parameter(torch.tensor(w.astype(np.float64).T).to(getattr(torch, w.dtype.name)).contiguous())
+    p = torch.tensor(w.astype(np.float64).T).to(way.device, getattr(torch, w.dtype.name)).contiguous()
+    p = torch.nn.Parameter(p)
     p.grad = torch.zeros_like(p)
     optimizer = way.made([p], lr=0.1, c=c, **way.options, **FORCED[name])
     assert engines(optimizer) == [way.engine]
@@ -283,7 +291,7 @@ def test_large_and_many_small_parameters(way, set_):
     for p in params:
         if p.ndim > 1:
             p *= torch.linspace(0.2, 2.5, len(p))[:, None] / p.double().norm(dim=1, keepdim=True)
-    params = [torch.nn.Parameter(p) for p in params]
+    params = [torch.nn.Parameter(p.to(WAYS[way].device)) for p in params]
     starts, made = [p.detach().clone() for p in params], SETS[set_]("fan_in")
     optimizer = ProjectedSGD(params, lr=0.0, constraint=made, **WAYS[way].options, **FORCED[way])
     for p in params:
@@ -302,7 +310,7 @@ def test_large_and_many_small_parameters(way, set_):
 def test_c_moves_and_a_rate_below_one_goes_part_of_the_way(way):
     """Every engine but those of the metric and of rows, which hand a band on or refuse such a one."""
     name, way = way, WAYS[way]
-    p, q = (torch.nn.Parameter(torch.full((4, 9), 2.0)) for _ in range(2))
+    p, q = (torch.nn.Parameter(torch.full((4, 9), 2.0, device=way.device)) for _ in range(2))
     p.grad = q.grad = torch.zeros_like(p)
     groups = [{"params": [p], "c": 4.0}, {"params": [q], "constraint": MinMaxNorm(1.0, 2.0, rate=0.25)}]
     optimizer = ProjectedSGD(groups, lr=0.1, **way.options, **FORCED[name])
@@ -312,9 +320,9 @@ def test_c_moves_and_a_rate_below_one_goes_part_of_the_way(way):
             q.fill_(2.0)
         optimizer.param_groups[0]["c"] = c
         way.step(optimizer)
-        norms = exact_norms(p.detach().numpy().T)
+        norms = exact_norms(p.detach().cpu().numpy().T)
         assert ((norms <= c) & (norms >= c * (1 - 1e-5))).all()
-        np.testing.assert_allclose(exact_norms(q.detach().numpy().T), 0.75 * 6 + 0.25 * 2, rtol=1e-5)
+        np.testing.assert_allclose(exact_norms(q.detach().cpu().numpy().T), 0.75 * 6 + 0.25 * 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("set_", [n for n in SETS if n != "initial"])
