@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from projgd import Box, MaxNorm, UnitNorm
+from projgd import Box, MaxNorm, MinMaxNorm, UnitNorm
 from projgd.torch import ProjectedAdam, ProjectedSGD, ProjectedSparseAdam, project_after_step, routing
 
 
@@ -133,6 +133,25 @@ def test_an_engine_that_cannot_is_refused_when_the_optimizer_is_made():
     optimizer.param_groups[0]["constraint"] = Box(-1.0, 1.0)
     with pytest.raises(ValueError, match="engine='eager' cannot take"):
         step(optimizer)
+
+
+@pytest.mark.xfail(strict=True, reason="an engine by name is asked without the metric when the optimizer is made")
+@pytest.mark.parametrize(
+    ("settings", "is_taken"),
+    [
+        ({"c": 1.0, "engine": "diagonal"}, True),
+        ({"constraint": MinMaxNorm(0.5, 1.0), "engine": "cpu", "fused": True}, False),
+        ({"c": 1.0, "engine": "eager"}, False),
+    ],
+    ids=["diagonal", "cpu", "eager"],
+)
+def test_an_engine_by_name_is_asked_about_the_metric_when_the_optimizer_is_made(settings, is_taken):
+    if is_taken:
+        optimizer = ProjectedAdam(model()[:1], metric="adaptive", **settings)
+        assert optimizer.routes()["0.weight"].engine == settings["engine"]
+    else:
+        with pytest.raises(ValueError, match="metric"):
+            ProjectedAdam(model()[:1], metric="adaptive", **settings)
 
 
 def test_nothing_imports_numba_or_triton_unless_it_is_asked_for():
