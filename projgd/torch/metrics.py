@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,30 +28,18 @@ class Metric(Protocol):
     def __call__(self, p: Tensor, /, pick: Pick | None = None) -> Tensor | None: ...
 
 
-class Root(NamedTuple):
-    """The commonest form of a diagonal, D = √v / by + ε, which kernels know."""
-
-    v: Tensor
-    by: Any
-    eps: Any
-
-    def __call__(self) -> Tensor:
-        """D."""
-        return _wide(self.v).sqrt() / self.by + self.eps  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Diagonal:
     """D of one parameter, from its state after the step and its param group.
 
     Args:
-        of: `(state, group) -> D`, a non-negative tensor of the parameter's shape, or its `Root`.
+        of: `(state, group) -> D`, a non-negative tensor of the parameter's shape.
         needs: the entries of the state that `of` reads.
         before: those of them that are handed over as they were before the step, because the step overwrites them.
         entrywise: whether an entry of D depends only on the same entry of the state's tensors.
     """
 
-    of: Callable[[State, Group], Tensor | Root]
+    of: Callable[[State, Group], Tensor]
     needs: tuple[str, ...]
     before: tuple[str, ...] = ()
     entrywise: bool = True
@@ -72,16 +60,8 @@ class OfStep:
         state = {**self.state[p], **self.kept.get(p, {})}
         if pick is not None and self.diagonal.entrywise:
             state = {k: pick(v) if isinstance(v, Tensor) and v.shape == p.shape else v for k, v in state.items()}
-        found = self.diagonal.of(state, self.group)
-        d = found() if isinstance(found, Root) else found
+        d = self.diagonal.of(state, self.group)
         return d if pick is None or self.diagonal.entrywise else pick(d)
-
-    def root(self, p: Tensor) -> Root | None:
-        """The metric of p where it has that form and nothing must be computed for it."""
-        if not self.diagonal.entrywise or self.diagonal.before or not self.state.get(p):
-            return None
-        found = self.diagonal.of(self.state[p], self.group)
-        return found if isinstance(found, Root) else None
 
 
 def register_metric(
@@ -179,9 +159,14 @@ def _correction(state: State, beta: Any) -> Any:
     return 1 - beta**step
 
 
-def _adam(state: State, group: Group) -> Root:
+def _root(name: str) -> Callable[[State, Group], Tensor]:
+    """Return the diagonal √v + ε of optimizers that keep v under this name."""
+    return lambda state, group: _wide(state[name]).sqrt() + group["eps"]
+
+
+def _adam(state: State, group: Group) -> Tensor:
     v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    return Root(v, _correction(state, group["betas"][1]) ** 0.5, group["eps"])
+    return _wide(v).sqrt() / _correction(state, group["betas"][1]) ** 0.5 + group["eps"]  # type: ignore[no-any-return]
 
 
 def _radam(state: State, group: Group) -> Tensor:
@@ -194,11 +179,9 @@ def _radam(state: State, group: Group) -> Tensor:
     return torch.where(torch.as_tensor(length, device=adaptive.device) > 5, adaptive, 1.0)
 
 
-def _rmsprop(state: State, group: Group) -> Tensor | Root:
-    whole = Root(state["square_avg"], 1.0, group["eps"])
-    if not group["centered"]:
-        return whole
-    return whole._replace(v=_wide(whole.v) - _wide(state["grad_avg"]) ** 2)()
+def _rmsprop(state: State, group: Group) -> Tensor:
+    v = _wide(state["square_avg"]) - (_wide(state["grad_avg"]) ** 2 if group["centered"] else 0)
+    return v.sqrt() + group["eps"]  # type: ignore[no-any-return]
 
 
 def _adadelta(state: State, group: Group) -> Tensor:
@@ -227,11 +210,9 @@ DIAGONALS: dict[type[Optimizer], Diagonal | None] = {
     torch.optim.AdamW: Diagonal(_adam, ("exp_avg_sq",)),
     torch.optim.NAdam: Diagonal(_adam, ("exp_avg_sq",)),
     torch.optim.RAdam: Diagonal(_radam, ("exp_avg_sq",)),
-    torch.optim.SparseAdam: Diagonal(
-        lambda state, group: Root(state["exp_avg_sq"], 1.0, group["eps"]), ("exp_avg_sq",)
-    ),
+    torch.optim.SparseAdam: Diagonal(_root("exp_avg_sq"), ("exp_avg_sq",)),
     torch.optim.Adamax: Diagonal(lambda state, group: state["exp_inf"], ("exp_inf",)),
-    torch.optim.Adagrad: Diagonal(lambda state, group: Root(state["sum"], 1.0, group["eps"]), ("sum",)),
+    torch.optim.Adagrad: Diagonal(_root("sum"), ("sum",)),
     torch.optim.RMSprop: Diagonal(_rmsprop, ("square_avg",)),
     torch.optim.Adadelta: Diagonal(_adadelta, ("square_avg", "acc_delta"), ("acc_delta",)),
     torch.optim.Adafactor: Diagonal(_adafactor, (), entrywise=False),

@@ -94,7 +94,7 @@ def _solve(y: Tensor, d: Tensor, near: Tensor, band: Band) -> Tensor | None:
     if not (least.item() >= SMALLEST and most.item() <= 1 / SMALLEST):  # a NaN, too
         return None
     d = d.float()
-    x = y.float() / band.down
+    x: Tensor = y.float() / band.down
     u, below = x * d, d
     size, nu = (near / band.down).float().unsqueeze(1), torch.zeros(len(y), 1)
     memory = torch.empty_like(x)

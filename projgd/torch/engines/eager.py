@@ -24,7 +24,6 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from projgd.axes import Vectors
 from projgd.bands import Band
 from projgd.sums import FLOATS
 from projgd.torch.engines import reference
@@ -106,11 +105,6 @@ class _Array:
     sources: list[Tensor] = field(default_factory=list)
     parts: tuple[Tensor, ...] = ()
 
-    @property
-    def vectors(self) -> Vectors:
-        """The vectors of the array."""
-        return Vectors(tuple(self.x.shape), self.axes)
-
 
 @dataclass(frozen=True)
 class _Batch:
@@ -118,28 +112,25 @@ class _Batch:
 
     Attributes:
         arrays: what is projected; all have one band, or each vector has its own.
-        vectors: those of the first parameter, which the band is made for.
         fixed: a band with one number for each vector of the batch, where sets have taken radii; otherwise None.
         found: memory for the norms, float64.
         factors: memory for the factors, float32.
         norms: the part of `found` for each array.
         multipliers: the part of `factors` for each array.
-        sums: for arrays that are rows, their blocks and where the norms of these go, and where the norms of rows with
-            equally many blocks come from and go.
+        blocks: the blocks of each array that is rows, and memory for their norms; None for another array.
     """
 
     arrays: list[_Array]
-    vectors: Vectors
     fixed: Band | None
     found: Tensor
     factors: Tensor
     norms: list[Tensor]
     multipliers: list[Tensor]
-    sums: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
+    blocks: list[tuple[Tensor, Tensor] | None]
 
     def project_(self, job: Job) -> None:
         least, most = self._measure()
-        band = self.fixed or job.band(self.arrays[0].params[0], self.vectors)
+        band = self.fixed or job.band(self.arrays[0].params[0])
         assert band is not None
         if self.fixed is None and band.low <= least and most <= band.high:
             return
@@ -162,16 +153,13 @@ class _Batch:
 
     def _measure(self) -> tuple[float, float]:
         """Fill `found`, and return the smallest and the largest norm; NaN if there is one."""
-        blocks, rows = self.sums
-        for a, norm in zip(self.arrays, self.norms, strict=True):
+        for a, norm, blocks in zip(self.arrays, self.norms, self.blocks, strict=True):
             if a.sources:
                 torch.cat(a.sources, out=a.x)
-            if _rows(a.x, a.axes) is None:
+            if blocks is None:
                 norm.copy_(_quick_norms(a.x.float(), a.axes))
-        for block, partial in blocks:
-            _norm(block, 2, 2, out=partial)
-        for partial, norm in rows:
-            _norm(partial, 2, 1, dtype=torch.float64, out=norm)
+            else:
+                _norm(_norm(blocks[0], 2, 2, out=blocks[1]), 2, 1, dtype=torch.float64, out=norm.view(-1))
         least, most = self.found.aminmax()
         return least.item(), most.item()
 
@@ -224,40 +212,14 @@ def _arrays(job: Job, params: Sequence[Tensor]) -> list[_Array]:
 
 
 def _batch(job: Job, arrays: list[_Array]) -> _Batch:
-    vectors = job.vectors(arrays[0].params[0])
-    assert vectors is not None
-    cuts = [_rows(a.x, a.axes) for a in arrays]
-    if arrays[0].params[0] not in job.radii:  # whose bands lie in the order of the arrays
-        order = sorted(range(len(arrays)), key=lambda i: cuts[i][1] if cuts[i] else 0)  # type: ignore[index]
-        arrays, cuts = [arrays[i] for i in order], [cuts[i] for i in order]
     shapes = [[1 if i in a.axes else n for i, n in enumerate(a.x.shape)] for a in arrays]
     counts = [math.prod(shape) for shape in shapes]
     found = torch.empty(sum(counts), dtype=torch.float64, device="cpu")
     factors = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
     parts = [[x.view(s) for x, s in zip(m.split_with_sizes(counts), shapes, strict=True)] for m in (found, factors)]
-    return _Batch(
-        arrays, vectors, _joined_band(job, arrays), found, factors, parts[0], parts[1], _sums(arrays, cuts, found)
-    )
-
-
-def _sums(
-    arrays: list[_Array], cuts: list[tuple[int, int, int] | None], found: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Return the blocks of rows with their norms, and for runs of arrays with equally many blocks those of the rows."""
-    blocks, rows, start = [], [], 0
-    for number, run in itertools.groupby(zip(arrays, cuts, strict=True), key=lambda pair: pair[1] and pair[1][1]):
-        some = list(run)
-        if number is None:
-            start += sum(a.x.numel() // a.vectors.length for a, _ in some)
-            continue
-        heights = [cut[0] for _, cut in some if cut is not None]
-        partial = torch.empty(sum(heights), number, dtype=torch.float32, device="cpu")
-        for (a, cut), part in zip(some, partial.split_with_sizes(heights), strict=True):
-            assert cut is not None
-            blocks.append((a.x.as_strided(cut, (cut[1] * cut[2], cut[2], 1)), part))
-        rows.append((partial, found[start : start + sum(heights)]))
-        start += sum(heights)
-    return blocks, rows
+    blocks = [_blocks(a.x, a.axes) for a in arrays]
+    memory = [None if b is None else (b, torch.empty(b.shape[:2], dtype=torch.float32, device="cpu")) for b in blocks]
+    return _Batch(arrays, _joined_band(job, arrays), found, factors, parts[0], parts[1], memory)
 
 
 def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
@@ -304,9 +266,10 @@ def _cut_rows(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, 
     return (rows[0], length // block, block) if length % block == 0 else None
 
 
-def _rows(x: Tensor, axes: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Return (rows, blocks, block) for float32 memory that is rows, in the order of x, which blocks fill; else None."""
-    return _cut_rows(tuple(x.shape), x.stride(), axes) if x.dtype == torch.float32 else None
+def _blocks(x: Tensor, axes: tuple[int, ...]) -> Tensor | None:
+    """Return float32 memory that is rows as (rows, blocks, block), in the order of x; None for other memory."""
+    cut = _cut_rows(tuple(x.shape), x.stride(), axes) if x.dtype == torch.float32 else None
+    return None if cut is None else x.as_strided(cut, (cut[1] * cut[2], cut[2], 1))
 
 
 def norms(x: Tensor, axes: tuple[int, ...], shortest: float = NEAR) -> Tensor:
@@ -326,10 +289,9 @@ def norms(x: Tensor, axes: tuple[int, ...], shortest: float = NEAR) -> Tensor:
 
 def _quick_norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Return what `norms` does, but that squares may over- or underflow."""
-    cut = _rows(x, axes)
-    if cut is not None:
-        blocks = _norm(x.as_strided(cut, (cut[1] * cut[2], cut[2], 1)), 2, 2)
-        found: Tensor = _norm(blocks, 2, 1, dtype=torch.float64)
+    blocks = _blocks(x, axes)
+    if blocks is not None:
+        found: Tensor = _norm(_norm(blocks, 2, 2), 2, 1, dtype=torch.float64)
         return found.view([1 if a in axes else n for a, n in enumerate(x.shape)])
     # Neighbours in memory are merged where both are summed or both are not.
     order = sorted(range(x.ndim), key=x.stride, reverse=True)

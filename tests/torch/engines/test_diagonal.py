@@ -14,7 +14,7 @@ from projgd.axes import Vectors
 from projgd.sums import FLOATS
 from projgd.torch import ProjectedAdam, projected
 from projgd.torch.engines.base import Job, project_with
-from projgd.torch.metrics import Diagonal, OfStep, Root
+from projgd.torch.metrics import Diagonal, OfStep
 from projgd.torch.routing import WITHIN
 from tests.optimality import residual
 
@@ -43,8 +43,7 @@ def test_rows_on_a_cpu_agree_with_the_reference(shape, case):
         p.data = p.data.transpose(0, 1).contiguous().transpose(0, 1)
 
     def of(state, group):
-        root = Root(state["v"], 1.0, 1e-8)
-        return root if case in ("near", "zeros", "halves") else root()
+        return state["v"].float().sqrt() + 1e-8
 
     with torch.no_grad():
         metric = OfStep(Diagonal(of, ("v",)), {p: {"v": v}}, {}, {})
