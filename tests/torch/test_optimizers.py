@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import schedulefree
 import torch
 from lion_pytorch import Lion
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -15,59 +14,21 @@ from torch.testing._internal.two_tensor import TwoTensor
 import projgd.torch
 from projgd import MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, UnitNorm
 from projgd.torch import Projected, ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
-from tests.torch.common import copied, longest, network, norms, same, saved_and_loaded, step, train, weight
-
-STOCK = sorted(
-    (v for v in vars(torch.optim).values() if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)),
-    key=lambda cls: cls.__name__,
+from tests.torch.common import (
+    STOCK,
+    THIRD,
+    copied,
+    longest,
+    matrices_and,
+    network,
+    norms,
+    same,
+    saved_and_loaded,
+    step,
+    step_matrices,
+    train,
+    weight,
 )
-STOCK.remove(torch.optim.Optimizer)
-THIRD = [Lion, schedulefree.SGDScheduleFree, schedulefree.AdamWScheduleFree]
-RATES = {"Adafactor": 0.5, "Adadelta": 50.0, "LBFGS": 0.5, "Muon": 0.5, "SGD": 0.5}
-OPTIONS = {"LBFGS": {"max_iter": 3}}
-
-
-class Net(torch.nn.Module):
-    """Matrices alone, as Muon wants it; the table has sparse gradients for the optimizer that takes only these."""
-
-    def __init__(self, sparse=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = torch.nn.Embedding(7, 6, sparse=sparse)
-        self.first = torch.nn.Linear(6, 5, bias=False)
-        self.last = torch.nn.Linear(5, 3, bias=False)
-
-    def forward(self, tokens):
-        return self.last(torch.tanh(self.first(self.table(tokens))))
-
-    def trained(self, cls):
-        return [self.table.weight] if cls is torch.optim.SparseAdam else list(self.parameters())
-
-
-def make(cls, made, **settings):
-    net = Net(sparse=cls is torch.optim.SparseAdam)
-    lr = RATES.get(cls.__name__, 0.05)
-    optimizer = made(net.trained(cls), lr=lr, **OPTIONS.get(cls.__name__, {}), **settings)
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-    return net, optimizer
-
-
-def step_net(net, optimizer, seed):
-    tokens = torch.randint(7, (16,), generator=torch.Generator().manual_seed(seed))
-    target = torch.randint(3, (16,), generator=torch.Generator().manual_seed(seed + 99))
-
-    def closure():
-        net.zero_grad()
-        loss = torch.nn.functional.cross_entropy(net(tokens), target)
-        loss.backward()
-        return loss
-
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return optimizer.step(closure)
-    closure()
-    return optimizer.step()
-
 
 # ------------------------------------------------------------------------------------------------------ every optimizer
 
@@ -85,14 +46,14 @@ def test_all_of_torch_optim_is_there_by_name():
 @pytest.mark.parametrize("way", ["class", "hook"])
 def test_a_step_is_the_plain_step_and_then_the_formula(cls, way):
     c = 0.6
-    net, plain = make(cls, cls)
-    twin, ours = make(cls, projected(cls), c=c) if way == "class" else make(cls, cls)
+    net, plain = matrices_and(cls, cls)
+    twin, ours = matrices_and(projected(cls), cls, c=c) if way == "class" else matrices_and(cls, cls)
     if way == "hook":
         project_after_step(ours, MaxNorm(c))
     bound = 0
     for seed in range(4):
-        step_net(net, plain, seed)
-        step_net(twin, ours, seed)
+        step_matrices(net, plain, seed)
+        step_matrices(twin, ours, seed)
         for w, p in zip(net.trained(cls), twin.trained(cls), strict=True):
             touched = p.grad.to_dense().abs().sum(1).numpy() > 0 if p.grad.is_sparse else slice(None)
             moved = w.detach().double().numpy()[touched]
@@ -106,18 +67,6 @@ def test_a_step_is_the_plain_step_and_then_the_formula(cls, way):
     assert bound > 5
 
 
-@pytest.mark.parametrize("cls", STOCK + THIRD, ids=lambda cls: cls.__name__)
-def test_where_nothing_binds_the_step_is_the_plain_one_bit_for_bit(cls):
-    net, plain = make(cls, cls)
-    others = [make(cls, projected(cls), **settings) for settings in ({}, {"c": 1e6})]
-    for seed in range(3):
-        found = step_net(net, plain, seed)
-        for twin, ours in others:
-            assert same(found, step_net(twin, ours, seed))
-            assert same(list(net.parameters()), list(twin.parameters()))
-            assert same(plain.state_dict()["state"], ours.state_dict()["state"])
-
-
 class Mine(ProjectedAdam):
     """A subclass that a user writes."""
 
@@ -126,34 +75,34 @@ class Mine(ProjectedAdam):
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
 def test_copies_keep_the_projection(made, how):
     cls = made.inner
-    net, optimizer = make(cls, made, c=0.3)
-    step_net(net, optimizer, 0)
+    net, optimizer = matrices_and(made, cls, c=0.3)
+    step_matrices(net, optimizer, 0)
     twin, other = copied(how, (net, optimizer))
     assert type(other) is made
     for seed in range(1, 3):
-        step_net(net, optimizer, seed)
-        step_net(twin, other, seed)
+        step_matrices(net, optimizer, seed)
+        step_matrices(twin, other, seed)
     assert same(list(net.parameters()), list(twin.parameters()))
     assert max(map(longest, twin.trained(cls))) <= 0.3
 
 
 @pytest.mark.parametrize("cls", STOCK, ids=lambda cls: cls.__name__)
 def test_checkpoints_are_plain_and_go_both_ways(cls):
-    net, ours = make(cls, projected(cls), constraint=MaxNorm(0.3))
-    step_net(net, ours, 0)
+    net, ours = matrices_and(projected(cls), cls, constraint=MaxNorm(0.3))
+    step_matrices(net, ours, 0)
     saved = saved_and_loaded(ours.state_dict())
-    _, again = make(cls, projected(cls), c=7.0)
+    _, again = matrices_and(projected(cls), cls, c=7.0)
     again.load_state_dict(saved)
     assert again.param_groups[0]["constraint"] == MaxNorm(0.3)
     assert same(again.state_dict(), ours.state_dict())
 
-    _, plain = make(cls, cls)
+    _, plain = matrices_and(cls, cls)
     plain.load_state_dict(saved)
     assert same(plain.state_dict()["state"], saved["state"])
 
-    other, plain = make(cls, cls)
-    step_net(other, plain, 0)
-    _, ours = make(cls, projected(cls), constraint=MaxNorm(0.3))
+    other, plain = matrices_and(cls, cls)
+    step_matrices(other, plain, 0)
+    _, ours = matrices_and(projected(cls), cls, constraint=MaxNorm(0.3))
     ours.load_state_dict(plain.state_dict())
     assert same(ours.state_dict()["state"], plain.state_dict()["state"])
     assert ours.param_groups[0]["constraint"] == MaxNorm(0.3)

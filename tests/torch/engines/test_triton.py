@@ -1,101 +1,36 @@
-"""The Triton engine against exact arithmetic and the stock optimizers: interpreted, or on a GPU where there is one."""
+"""The Triton engine: what it must notice between steps, what it refuses, what it compiles to.
+
+It is interpreted, or runs on a GPU where there is one. The contract and the stock step are tested in `test_matrix.py`
+and `test_stock_step.py`.
+"""
 
 import os
 import subprocess
 import sys
 
-import array_api_compat.torch as xp
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from projgd import Box, MaxNorm, MinMaxNorm, RelativeUpdate, Sphere, UnitNorm, projections
-from projgd.axes import Split
-from projgd.bands import Band
-from projgd.sums import FLOATS, guard
+from projgd import Box, MaxNorm, RelativeUpdate, Sphere
 from projgd.torch import ProjectedAdamW, ProjectedSGD
 from projgd.torch.engines import triton as engine
 from projgd.torch.engines.base import Job
-from tests.contract import NUMPY, TIGHT, bits, exact_norms, judge
-from tests.torch.option_sets import EVERY, IDS
+from tests.contract import exact_norms
+from tests.torch.common import columns
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # 0 · inf, which `tl.where` then drops
 TRITON = engine.Triton()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = ("float32", "bfloat16", "float16")
-
-SETS = {
-    "max-norm": lambda axis: MaxNorm(3.7, axis),
-    "both sides": lambda axis: MinMaxNorm(1.5, 3.7, axis=axis),
-    "half of the way": lambda axis: MinMaxNorm(1.5, 3.7, rate=0.5, axis=axis),
-    "sphere": lambda axis: Sphere(2.5, axis),
-    "unit": lambda axis: UnitNorm(axis),
-    "initial": lambda axis: Sphere("initial", axis),
-}
-SHAPES = {
-    "fan_in": [
-        *[(13, 40), (12, 27), (130, 8), (12, 1), (12, 3), (13, 64), (3, 300), (2, 1000), (1, 5000), (1, 2048)],
-        *[(12, 3, 5, 5), (40,), (9000,)],
-    ],
-    None: [(30, 40), (7,), ()],
-    (1, 2): [(3, 8, 5)],
-    Split(0, 2, (2, 3, 4)): [(12, 4, 3, 3)],
-}
-"""By axis: rows of one block and of several, with lengths that 16 divides and others; tensors without vectors."""
 
 
-@pytest.fixture(autouse=True)
-def _rounds_to_bfloat16(monkeypatch):
-    """Triton's interpreter cuts off what a GPU rounds to nearest."""
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounded(self, source, to):
-        if (source.dtype.scalar.name, to.scalar.name) != ("fp32", "bf16"):
-            return cast(self, source, to)
-        with np.errstate(invalid="ignore"):
-            return interpreter.TensorHandle(source.data.astype(NUMPY["bfloat16"]).view(np.uint16), to.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
-
-
-def vectors_of(axis, shape):
-    return MaxNorm(1.0, axis).resolve(shape, "out_first")
-
-
-def columns(p, vectors):
-    """The vectors of `p` as columns of a NumPy array with the same bits."""
-    kept = [a for a in range(len(vectors.shape)) if a not in vectors.axes]
-    rows = p.detach().cpu().reshape(vectors.shape).permute((*kept, *vectors.axes)).reshape(-1, vectors.length)
-    ints = rows.contiguous().view(getattr(torch, f"int{8 * p.element_size()}"))
-    return ints.numpy().view(NUMPY[str(p.dtype).removeprefix("torch.")]).T.copy()
-
-
-def weights(shape, vectors, dtype, c=3.7, seed=0):
-    """Vectors of all lengths about the bound c, huge ones, tiny ones, zeros, and broken ones."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if vectors is not None:
-        x = x.reshape(vectors.shape)
-        norms = torch.linalg.vector_norm(x, dim=vectors.axes, keepdim=True)
-        t, huge = TIGHT[dtype], 1e3 if dtype == "float16" else 1e30
-        wanted = [1.5, 1e-2, 0.5, 1 - 3 * t, 1 - t / 9, 1, 1 + t / 9, 5, 0, huge, 7, 2, 0.3]
-        x *= c * torch.tensor(wanted, dtype=torch.float64).repeat(norms.numel())[: norms.numel()].view_as(norms) / norms
-        place = torch.arange(norms.numel()).view_as(norms)
-        x = torch.where(place == 10, torch.nan, x)
-        x = torch.where((place == 11) & (x == x.amax(vectors.axes, keepdim=True)), -torch.inf, x)
-    return torch.nn.Parameter(x.reshape(shape).to(DEVICE, getattr(torch, dtype)))
-
-
-def job_for(params, constraint, cls=torch.optim.SGD, radii=None, **options):
+def job_for(params, constraint, cls=torch.optim.SGD, **options):
     """A job whose step leaves the weights as they are, unless gradients and options say otherwise."""
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     optimizer = cls(params, **{"lr": 0.1, "fused": True, **options})
-    return Job(optimizer, cls, optimizer.param_groups[0], constraint, radii=radii or {}, forced="triton")
+    return Job(optimizer, cls, optimizer.param_groups[0], constraint, forced="triton")
 
 
 @torch.no_grad()
@@ -104,127 +39,15 @@ def step(job, params):
     TRITON.run(TRITON.prepare(job, params), job, params)
 
 
-def project(params, constraint, radii=None):
-    """Project by a step that moves nothing; return what it would have been without a constraint."""
-    plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    step(job_for(plain, None), plain)  # NaN may get other bits
-    step(job_for(params, constraint, radii=radii), params)
-    return plain
-
-
-def judge_band(before, after, again, expected, band, kind, error):
-    """Judge columns that were projected onto a band, and once more, against an `expected` projection in float64.
-
-    Args:
-        band: its numbers, one for each column.
-        kind: the dtype.
-        error: the guard for norms.
-    """
-    norms = exact_norms(before)
-    is_broken = ~np.isfinite(np.asarray(before, np.float64)).all(0) | (norms == 0)
-    assert (bits(after)[:, is_broken] == bits(before)[:, is_broken]).all(), "zero or broken vectors moved"
-    with np.errstate(invalid="ignore"):
-        stays = (norms >= band.low * (1 + error)) & (norms <= band.high * (1 - error)) & ~is_broken
-        moves = ((norms < band.low * (1 - error)) | (norms > band.high * (1 + error))) & ~is_broken
-    assert (bits(after)[:, stays] == bits(before)[:, stays]).all(), "untouched"
-    wide, now = expected[:, moves], np.asarray(after, np.float64)[:, moves]
-    np.testing.assert_allclose(now, wide, rtol=2 * error + 2 * kind.unit, atol=2 * kind.tiny)
-    if band.pull == 1:
-        sure = stays | moves
-        moved_again = bits(again)[:, sure] != bits(after)[:, sure]
-        is_narrow = (band.high - band.low) < 1e-2 * band.high  # a sphere: its band for moved weights is not idempotent
-        assert not moved_again[:, ~np.broadcast_to(is_narrow, norms.shape)[sure]].any(), "idempotent"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SETS)
-@torch.no_grad()
-def test_every_set_in_every_dtype_and_shape(name, dtype):
-    for axis, shapes in SHAPES.items():
-        constraint, vectors = SETS[name](axis), [vectors_of(axis, shape) for shape in shapes]
-        params = [weights(shape, v, dtype) for shape, v in zip(shapes, vectors, strict=True)]
-        radii = {}
-        if constraint.takes_initial:
-            for i, (p, v) in enumerate(zip(params, vectors, strict=True)):
-                if v is not None:
-                    like = torch.zeros([1 if a in v.axes else n for a, n in enumerate(v.shape)], device=DEVICE)
-                    radii[p] = torch.rand(like.shape, generator=torch.Generator().manual_seed(i)).to(like) + 0.5
-        before = project(params, constraint, radii)
-        after = [p.clone() for p in params]
-        project(params, constraint, radii)
-        job = job_for(params, constraint, radii=radii)
-        for p, v, old, new in zip(params, vectors, before, after, strict=True):
-            if v is None:
-                assert torch.equal(old, p)
-                continue
-            kind, band = FLOATS[dtype], job.band(p)
-            expected = projections.project_band(old.double().reshape(v.shape), band, v.axes, xp).reshape(p.shape)
-            flat = [np.asarray(torch.as_tensor(x).cpu().double().reshape(-1)) for x in (band.low, band.high)]
-            one = Band(flat[0], flat[1], 0.0, 0.0, band.pull)
-            error = guard(kind, v)
-            judge_band(columns(old, v), columns(new, v), columns(p, v), columns(expected, v), one, kind, error)
-            if name == "max-norm":
-                judge(columns(old, v), columns(new, v), columns(p, v), 3.7)
-
-
-def judge_max_norm(p, c, axis="fan_in"):
-    """Project `p` twice, and judge it in exact arithmetic."""
-    v = vectors_of(axis, tuple(p.shape))
-    (before,) = project([p], MaxNorm(c, axis))
-    after = columns(p, v)
-    project([p], MaxNorm(c, axis))
-    judge(columns(before, v), after, columns(p, v), c)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_long_vector_of_equal_entries(dtype):
-    """A sum in float32, one entry after the other, is off by thousands of units."""
-    p = torch.full((1, 60_003), 1.01 / 60_003**0.5, dtype=torch.float64)
-    judge_max_norm(torch.nn.Parameter(p.to(DEVICE, getattr(torch, dtype))), 1.0)
-
-
-@pytest.mark.parametrize("c", [1e-3, 4.0, 1e6])
-def test_the_largest_and_the_smallest_numbers(c):
-    kind = torch.finfo(torch.float32)
-    x = torch.zeros(8, 16)
-    x[0] = kind.max
-    x[1, 3] = -kind.max
-    x[2] = kind.smallest_normal / 8
-    x[3, 0], x[3, 1:] = c * 2, kind.smallest_normal / 8
-    x[4, 0] = float(np.nextafter(np.float32(c), np.float32(np.inf)))
-    x[5, 0] = c
-    x[6, :2] = kind.max / 2
-    x[7] = torch.linspace(-1, 1, 16) * kind.max
-    judge_max_norm(torch.nn.Parameter(x.to(DEVICE)), c)
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    st.sampled_from(DTYPES),
-    st.lists(st.integers(1, 40), min_size=2, max_size=3),
-    st.integers(-6, 4),
-    st.integers(0, 99),
-)
-def test_any_shape_and_size(dtype, shape, exponent, seed):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10.0**exponent
-    judge_max_norm(torch.nn.Parameter(x.to(DEVICE, getattr(torch, dtype))), 2.0)
-
-
-def test_convolutions_in_channels_last_memory_are_rows_too():
-    p = weights((12, 8, 3, 3), vectors_of("fan_in", (12, 8, 3, 3)), "float32")
-    p = torch.nn.Parameter(p.detach().to(memory_format=torch.channels_last))
-    judge_max_norm(p, 3.7)
-
-
 @pytest.mark.parametrize("offset", [0, 1])
 def test_c_moves_and_what_is_not_aligned_is_projected_too(offset):
     x = torch.randn(1 + 12 * 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     p = torch.nn.Parameter(x[offset : offset + 12 * 64].view(12, 64))
-    v, job = vectors_of("fan_in", (12, 64)), job_for([p], MaxNorm(4.0))
+    job = job_for([p], MaxNorm(4.0))
     prepared = TRITON.prepare(job, [p])
     for c in (4.0, 1.0, 0.25):
         TRITON.run(prepared, Job(job.optimizer, job.inner, job.group, MaxNorm(c), forced="triton"), [p])
-        norms = exact_norms(columns(p, v))
+        norms = exact_norms(columns(p, MaxNorm(1.0).vectors(p)))
         assert ((norms <= c) & (norms >= c * (1 - 1e-5))).all()
 
 
@@ -250,67 +73,12 @@ def test_what_the_compiler_is_told_of_divisibility_is_so(monkeypatch):
         told.append(values)
 
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
-    shapes = SHAPES["fan_in"]
+    shapes = [(13, 40), (12, 27), (130, 8), (12, 1), (12, 3), (3, 300), (1, 2048), (12, 3, 5, 5), (40,)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     shifted = [torch.nn.Parameter(torch.randn(p.numel() + 1)[1:].view(p.shape)) for p in params]
     for tensors in (params, shifted):
-        project(tensors, MaxNorm(1.0))
+        step(job_for(tensors, MaxNorm(1.0)), tensors)
     assert any((np.asarray(values) == 16).any() for values in told)
-
-
-def ulps(a, b, *operands):
-    """Distance in last places of the largest number that went into the sum."""
-    size = torch.stack([x.detach().abs().double() for x in (a, b, *operands)]).amax(0)
-    unit = torch.finfo(a.dtype).eps * torch.exp2(torch.floor(torch.log2(size.clamp_min(1e-30))))
-    return ((a.double() - b.double()).abs() / unit).max().item()
-
-
-@torch.no_grad()
-def check_steps(cls, options, dtype, shapes, allowed):
-    """Step each time from where the stock optimizer stands: parameters and states are within `allowed` ulps."""
-    generator = torch.Generator().manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DEVICE, dtype)) for s in shapes]
-    theirs = [torch.nn.Parameter(p.to(torch.float32, copy=True)) for p in ours]
-    job, stock = job_for(ours, MaxNorm(1e4), cls, **options), cls(theirs, fused=True, **options)
-    for _ in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE, dtype)
-            q.grad = p.grad.to(torch.float32, copy=True)
-        states = [[x.clone() for x in job.optimizer.state[p].values() if x.ndim] for p in ours]
-        before = [[p.clone(), *s] for p, s in zip(ours, states, strict=True)]
-        step(job, ours)
-        stock.step()
-        for p, q, old in zip(ours, theirs, before, strict=True):
-            assert ulps(p, q, *old, p - old[0]) <= allowed
-            mine, other = job.optimizer.state[p], stock.state[q]
-            assert mine.keys() == {k for k, s in other.items() if s is not None}
-            for name in mine:
-                if name == "step":
-                    assert mine[name] == other[name]
-                else:
-                    assert ulps(mine[name], other[name], p.grad, *old) <= allowed, name
-                    other[name].copy_(mine[name])  # each step is judged by itself
-            q.copy_(p)
-
-
-@pytest.mark.parametrize(("cls", "options"), EVERY, ids=IDS)
-def test_where_nothing_binds_a_step_is_the_stock_one(cls, options):
-    check_steps(cls.inner, options, torch.float32, [(6, 40), (17,)], 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-        (torch.optim.AdamW, {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
-        (torch.optim.Adam, {"lr": 0.1, "betas": (0.0, 0.9), "decoupled_weight_decay": True, "weight_decay": 0.1}),
-    ],
-    ids=["SGD", "AdamW", "Adam"],
-)
-def test_a_stock_step_in_other_dtypes_and_shapes(cls, options, dtype):
-    # Among so many entries torch's own steps differ from exact arithmetic by up to 3.7 ulps, and from each other by 4.
-    check_steps(cls, options, dtype, [(6, 40), (16, 64), (17,), (1, 2100), (4, 3, 3, 3), (8200,)], 4)
 
 
 def test_the_learning_rate_may_be_a_tensor():
@@ -424,34 +192,6 @@ def test_what_triton_needs_is_looked_for(monkeypatch):
     engine._is_installed.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("cls", "options"), [(ProjectedSGD, {"momentum": 0.9, "nesterov": True}), (ProjectedAdamW, {"amsgrad": True})]
-)
-def test_the_state_goes_to_the_stock_optimizer_and_back(cls, options):
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DEVICE)) for s in [(12, 40), (40,), (3, 70)]]
-    straight = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    for p, q in zip(params, straight, strict=True):
-        p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
-        q.grad = p.grad
-    current = cls(params, lr=0.01, c=1e4, fused=True, engine="triton", **options)
-    reference = cls.inner(straight, lr=0.01, fused=True, **options)
-    assert all(choice.engine == "triton" for choice in current.routes().values())
-    for i in range(5):
-        if i in (2, 3):
-            ours = {"c": 1e4, "engine": "triton"} if i == 3 else {}
-            other = (cls if i == 3 else cls.inner)(params, lr=0.01, fused=True, **options, **ours)
-            state = current.state_dict()
-            groups = [{k: g[k] for k in g if k in other.param_groups[0]} for g in state["param_groups"]]
-            other.load_state_dict({**state, "param_groups": groups})
-            current = other
-        current.step(), reference.step()
-        for p, q in zip(params, straight, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-            assert current.state[p].keys() == reference.state[q].keys()
-            q.data.copy_(p)
-
-
 def test_engine_by_name_holds_and_an_engine_that_cannot_is_an_error():
     params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in [(12, 40), (40,)]]
     for p in params:
@@ -479,12 +219,6 @@ def test_many_tensors_are_one_launch(monkeypatch):
     params = [torch.nn.Parameter(torch.ones(s, device=DEVICE)) for s in shapes]
     step(job_for(params, MaxNorm(1.0), momentum=0.9), params)
     assert len(launched) == 1
-
-
-def test_the_module_is_imported_without_triton():
-    script = "import sys, projgd.torch.engines.triton; print([m for m in sys.modules if m.startswith('triton')])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
@@ -549,17 +283,15 @@ class Compiled:  # launches nothing
 driver.set_active(H100())
 kernel = engine._kernel()
 engine._kernel = Compiled
-for cls, dtype, lr in (
-    (torch.optim.AdamW, torch.float32, 0.1),
-    (torch.optim.SGD, torch.bfloat16, torch.tensor(0.1)),
-    (torch.optim.SGD, torch.float16, 0.1),
+for cls, dtype, lr, offset in (
+    (torch.optim.AdamW, torch.float32, 0.1, 0),
+    (torch.optim.SGD, torch.bfloat16, torch.tensor(0.1), 1),
 ):
-    for offset in (0, 1):
-        p = torch.nn.Parameter(torch.zeros(16 * 64 + 1, dtype=dtype)[offset:][: 16 * 64].view(16, 64))
-        p.grad = torch.zeros_like(p)
-        optimizer = cls([p], lr=lr)
-        job = Job(optimizer, cls, optimizer.param_groups[0], MaxNorm(1.0))
-        engine.Triton().run(engine.Triton().prepare(job, [p]), job, [p])
+    p = torch.nn.Parameter(torch.zeros(16 * 64 + 1, dtype=dtype)[offset:][: 16 * 64].view(16, 64))
+    p.grad = torch.zeros_like(p)
+    optimizer = cls([p], lr=lr)
+    job = Job(optimizer, cls, optimizer.param_groups[0], MaxNorm(1.0))
+    engine.Triton().run(engine.Triton().prepare(job, [p]), job, [p])
 """
 
 
@@ -570,4 +302,4 @@ def test_the_kernel_compiles_for_an_h100_and_reads_sixteen_bytes_at_a_time(tmp_p
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wide = [min(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert [count >= 4 for count in wide] == [True, False] * 3
+    assert [count >= 4 for count in wide] == [True, False]

@@ -1,0 +1,398 @@
+"""The fused engine on a CPU: what it must notice between steps, what it leaves to others, and its threads.
+
+Most tests go through the default step, too: both must be the stock optimizer's step and then the projection.
+"""
+
+import copy
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from projgd import Box, MaxNorm, MinMaxNorm, RelativeUpdate, Sphere, TangentUpdate, UnitNorm
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD
+from projgd.torch.engines.base import Job
+from projgd.torch.engines.cpu import Cpu
+from tests.torch.common import give_gradients, longest, random, same, weight
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+FUSED = pytest.mark.parametrize("fused", [True, None], ids=["fused", "default"])
+
+
+def check_beside_stock(fused, cls, c, shapes, prepare, steps=5, **options):
+    """Step beside the stock optimizer and the projection; `prepare(i, params, optimizer)` comes before step i."""
+    ours, theirs = random(*shapes), random(*shapes)
+    optimizer = cls(ours, lr=0.1, c=c, fused=fused, foreach=None if fused else False, **options)
+    stock = cls.inner(theirs, lr=0.1, foreach=False, **options)
+    for i in range(steps):
+        for params, one in ((ours, optimizer), (theirs, stock)):
+            prepare(i, params, one)
+            one.step()
+        with torch.no_grad():
+            for q in theirs:
+                if c is not None and q.grad is not None:
+                    q.copy_(MaxNorm(c).project(q))
+        ours, theirs = ([p for g in one.param_groups for p in g["params"]] for one in (optimizer, stock))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    return optimizer
+
+
+# ------------------------------------------------------------------------------------------ what lies behind its tables
+
+
+@FUSED
+def test_first_gradients_may_come_at_different_steps(fused):
+    """Momentum starts undamped for each; torch's own fused SGD takes parameters with a momentum, or without."""
+
+    def prepare(i, params, optimizer):
+        give_gradients(params[: 1 + i], i)
+
+    shapes = [(8, 8), (7,), (6, 5)]
+    check_beside_stock(fused, ProjectedSGD, 1.0, shapes, prepare, momentum=0.9, dampening=0.3)
+    check_beside_stock(fused, ProjectedAdam, 1.0, shapes, prepare)
+
+
+@FUSED
+def test_a_gradient_may_come_and_go(fused):
+    def prepare(i, params, optimizer):
+        optimizer.zero_grad()
+        give_gradients([params[(0, 1, 2, 0, 1)[i]]], i)
+
+    check_beside_stock(fused, ProjectedSGD, 3.0, [(40, 90), (90, 40), (30, 120)], prepare, momentum=0.9)
+
+
+@FUSED
+@pytest.mark.parametrize("c", [None, 1.0])
+def test_a_momentum_that_lies_otherwise_in_memory_than_its_weights(fused, c):
+    """The optimizer makes it as the first gradient lies; torch's own fused kernel would read it row by row."""
+
+    def prepare(i, params, optimizer):
+        give_gradients(params, i)
+        if i == 0:
+            params[0].grad = params[0].grad.t()
+
+    check_beside_stock(fused, ProjectedSGD, c, [(6, 6)], prepare, momentum=0.9)
+
+
+def of_state(name, change):
+    def put(optimizer, params, j):
+        state = optimizer.state[params[j]]
+        state[name] = change(state[name].clone())
+
+    return put
+
+
+def forget(optimizer, params, j):
+    del optimizer.state[params[j]]["momentum_buffer"]
+
+
+def clear(optimizer, params, j):
+    optimizer.state.clear()
+
+
+def load(optimizer, params, j):
+    state = copy.deepcopy(optimizer.state_dict())
+    for name in state["state"][j]:
+        state["state"][j][name] *= 2
+    optimizer.load_state_dict(state)
+
+
+def exchange(optimizer, params, j):
+    old = params[j]
+    params[j] = optimizer.param_groups[0]["params"][j] = torch.nn.Parameter(old.detach().clone())
+    params[j].grad = old.grad
+
+
+def turn(optimizer, params, j):
+    """Same parameter, address, shape and gradient: but its rows lie elsewhere."""
+    params[j].data = params[j].data.T
+
+
+def move(optimizer, params, j):
+    """As `module.to()` does, which puts other memory behind the same tensor; what is there now is nobody's."""
+    old = params[j].data
+    params[j].data = old.clone()
+    old.fill_(math.nan)
+
+
+def move_state(optimizer, params, j):
+    moment = optimizer.state[params[j]]["exp_avg"]
+    old = moment.data
+    moment.data = old.clone()
+    old.fill_(math.nan)
+
+
+def turn_state(optimizer, params, j):
+    moment = optimizer.state[params[j]]["exp_avg_sq"]
+    moment.data = moment.data.T
+
+
+def negate(optimizer, params, j):
+    params[j].grad = torch._neg_view(params[j].grad)
+
+
+def expand(optimizer, params, j):
+    params[j].grad = torch.ones(1, 1).expand(params[j].shape)
+
+
+@FUSED
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, turn),
+        ({}, move),
+        ({}, exchange),
+        ({}, negate),
+        ({}, expand),
+        ({"momentum": 0.9}, of_state("momentum_buffer", torch.Tensor.neg_)),
+        ({"momentum": 0.9}, of_state("momentum_buffer", lambda m: m.T)),
+        ({"momentum": 0.9}, forget),
+        ({"momentum": 0.9}, clear),
+        ({"momentum": 0.9}, load),
+        ({"amsgrad": False}, of_state("step", lambda step: step + 50)),
+        ({"amsgrad": True}, of_state("exp_avg", lambda m: m.T)),
+        ({"amsgrad": True}, load),
+        ({"amsgrad": False}, turn_state),
+        ({"amsgrad": False}, move_state),
+    ],
+    ids=lambda x: getattr(x, "__name__", None) or "-".join(x),
+)
+def test_what_is_changed_between_steps_is_noticed(fused, options, change, request):
+    if fused and change in (negate, turn_state):
+        reason = "what the engine remembers has neither the strides of states nor whether a gradient is a negative view"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
+    def prepare(i, params, optimizer):
+        give_gradients(params, i)
+        if i == 3:
+            for j in (2, 0):  # one that is projected in a stack, and one in pieces
+                change(optimizer, params, j)
+
+    cls = ProjectedAdam if "amsgrad" in options else ProjectedSGD
+    check_beside_stock(fused, cls, 3.0, [(10, 10), (10, 10), (300, 300)], prepare, **options)
+
+
+def test_a_parameter_whose_gradient_comes_later_is_stepped_by_the_engine_from_then_on():
+    a, b = random((8, 8), (8, 8))
+    optimizer = ProjectedSGD([("a", a), ("b", b)], lr=0.1, c=1.0, fused=True)
+    for params in ([a], [a, b]):
+        give_gradients(params, 0)
+        optimizer.step()
+        assert [choice.engine for choice in optimizer.routes().values()] == ["cpu", "cpu"]
+        assert max(map(longest, params)) <= 1
+
+
+@FUSED
+def test_autograd_notices_that_the_weights_were_written(fused):
+    (p,) = random((40, 90))
+    optimizer = ProjectedSGD([p], lr=0.1, c=1e4, fused=fused)
+    p.grad, version = torch.ones_like(p), p._version
+    loss = p.square().sum()
+    optimizer.step()
+    assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@FUSED
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"c": 3.0},
+        {"c": 3.0, "metric": "adaptive"},
+        {"c": 3.0, "update": TangentUpdate()},
+        {"constraint": UnitNorm()},
+        {"constraint": Sphere("initial", None), "update": RelativeUpdate()},
+    ],
+    ids=str,
+)
+def test_a_programs_default_device_and_dtype_do_not_matter(settings, fused, request):
+    """They are for its own tensors, not for those that a step makes for itself."""
+    if "metric" in settings and not fused:
+        reason = "the diagonal engine makes a tensor of its own on the default device"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.float64)):
+        (p,) = random((40, 90))
+        p.grad = torch.ones_like(p)
+        optimizer = ProjectedAdam([p], lr=0.1, fused=fused, **settings)
+        optimizer.step()  # torch.optim makes its step count on the default device
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer.step()
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+@FUSED
+def test_empty_and_scalar_and_tied_parameters_step_as_the_stock_optimizer_does(fused):
+    """A scalar and a bias have no fan-in: they are free. A tied weight is in the optimizer once."""
+    ours, theirs = random((0, 7), (5, 0), (), (3,), (4, 3)), random((0, 7), (5, 0), (), (3,), (4, 3))
+    for params, cls, options in ((ours, ProjectedSGD, {"c": 1.0}), (theirs, torch.optim.SGD, {})):
+        net = torch.nn.ParameterList([*params, params[-1]])
+        optimizer = cls(net.parameters(), lr=0.1, momentum=0.9, fused=fused, **options)
+        for i in range(2):
+            give_gradients(params, i)
+            if cls is torch.optim.SGD and i:
+                with torch.no_grad():
+                    params[-1].copy_(MaxNorm(1.0).project(params[-1]))
+            optimizer.step()
+    theirs[-1].data = MaxNorm(1.0).project(theirs[-1].data)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------- GradScaler
+
+
+@pytest.mark.parametrize(("cls", "options"), [(ProjectedSGD, {"momentum": 0.9, "dampening": 0.5}), (ProjectedAdam, {})])
+def test_a_step_that_gradscaler_skips_changes_nothing_and_momentum_starts_later(cls, options):
+    """Whichever engine projects: rows, columns, float64, and a set that is no set of norms."""
+    made = [{"c": 1.0, **options}, {"c": 1.0, "axis": 0}, {"c": 1.0}, {"constraint": Box(-0.1, 0.1)}]
+    params = random(*[(12, 9)] * len(made))
+    params[2] = torch.nn.Parameter(params[2].detach().double())
+    groups = [{"params": [p], **own} for p, own in zip(params, made, strict=True)]
+    optimizer = cls(groups, lr=0.1, fused=True)
+    assert [c.engine for c in optimizer.routes().values()] == ["cpu", "eager", "reference", "reference"]
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    stock = cls.inner([{"params": [p], **(options if p is plain[0] else {})} for p in plain], lr=0.1)
+    before = [p.detach().clone() for p in params]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    give_gradients(params, 0)
+    optimizer.step()
+    assert same([p.detach() for p in params], before)
+    assert all(not t.any() for state in optimizer.state.values() for t in state.values())
+    optimizer.found_inf = torch.tensor(0.0)
+    for p, q in zip(params, plain, strict=True):
+        q.grad, p.grad = p.grad.clone(), 8 * p.grad
+    optimizer.step(), stock.step()
+    for p, q, group in zip(params, plain, optimizer.param_groups, strict=True):
+        constraint = group["constraint"] or MaxNorm(1.0, group["axis"])
+        torch.testing.assert_close(p.detach(), constraint.project(q.detach()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)  # as torch's own fused step leaves it
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def job_for(p, constraint=None, change=None, **fields):
+    optimizer = torch.optim.Adam([p], lr=0.1, fused=True)
+    group = {**optimizer.param_groups[0], "update": None, "gradient": None, **(change or {})}
+    return Job(optimizer, torch.optim.Adam, group, constraint or MaxNorm(1.0), **fields), p
+
+
+def with_gradient(grad, p=None):
+    p = weight() if p is None else p
+    p.grad = grad
+    return p
+
+
+def with_state(**state):
+    job, p = job_for(weight())
+    job.optimizer.state[p].update(state)
+    return job, p
+
+
+def refusals():
+    """Jobs with a parameter that the engine cannot take, and words of the sentence that it gives."""
+    p = weight()
+    yield job_for(p, change={"fused": False}), "fused=True"
+    yield job_for(p, compiled=True), "torch.compile"
+    yield (Job(torch.optim.RMSprop([p]), torch.optim.RMSprop, {"fused": True}, None), p), "RMSprop"
+    for change in ({"gradient": "tangent"}, {"update": RelativeUpdate()}):
+        yield job_for(p, change=change), "as they come"
+    for change in ({"capturable": True}, {"differentiable": True}):
+        yield job_for(p, change=change), "no graph can record"
+    yield job_for(p, metric=lambda p: None), "no other metric"
+    yield job_for(torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64))), "float64"
+    yield job_for(torch.nn.Parameter(torch._neg_view(torch.ones(3, 4)))), "dense tensor"
+    yield job_for(torch.nn.Parameter(torch.ones(3, 8)[:, ::2])), "one after the other"
+    yield job_for(p, constraint=MaxNorm(1.0, 0)), "one after the other"
+    yield job_for(p, constraint=Box(-1.0, 1.0)), "not a set of norms"
+    yield job_for(with_gradient(torch.ones(3, 4).t())), "gradient"
+    yield job_for(with_gradient(torch.ones(4, 3).to_sparse())), "gradient"
+    moments = {"exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}
+    yield with_state(**moments), "only exp_avg, exp_avg_sq"
+    yield with_state(**moments, step=torch.tensor(1.0, dtype=torch.float64)), "step count"
+    yield with_state(**moments | {"exp_avg": torch.zeros(3, 4).t()}, step=torch.tensor(1.0)), "a state"
+
+
+def test_refusals_say_why():
+    job, p = job_for(weight())
+    assert Cpu().refuses(job, p) is None
+    for (job, p), words in refusals():
+        assert words in str(Cpu().refuses(job, p)), words
+    optimizer = ProjectedAdam([weight()], constraint=MinMaxNorm(0.5, 1.0), metric="adaptive", fused=True)
+    assert "projects onto a ball, not onto" in str(optimizer.routes())
+
+
+# ------------------------------------------------------------------------------------------------ threads and processes
+
+
+def test_one_and_two_threads_make_the_same_bits():
+    shapes, found = [(2, 300_000), (999, 64), (16, 8, 3, 3), (128,)], []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            params = random(*shapes, scale=2.0)
+            for cls in (ProjectedSGD, ProjectedAdamW):
+                optimizer = cls(params, lr=0.1, c=3.0, fused=True)
+                for i in range(2):
+                    give_gradients(params, i)
+                    optimizer.step()
+            found.append([p.detach() for p in params])
+    finally:
+        torch.set_num_threads(before)
+    assert same(*found)
+
+
+SCRIPT = """
+import os, sys, torch
+if "{hide}": sys.modules["{hide}"] = None
+from projgd.torch import ProjectedSGD
+torch.set_num_threads(1)
+p = torch.nn.Parameter(torch.linspace(-1, 1, 256).reshape(8, 32))
+optimizer = ProjectedSGD([("p", p)], lr=0.1, c=1.0, fused=True)
+def step():
+    p.grad = torch.full_like(p, -3.0)
+    optimizer.step()
+    held = p.detach().double().norm(dim=1).max().item() <= 1
+    return optimizer.routes()["p"].engine, held, torch.get_num_threads(), round(p.detach().double().sum().item(), 4)
+print(*step(), flush=True)
+if "{fork}":
+    child = os.fork()
+    print(*step(), os.waitpid(child, 0)[1] if child else "", flush=True)
+    os._exit(0)
+"""
+
+
+def run(**options):
+    script = SCRIPT.format(**{"hide": "", "fork": "", **options})
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_goes_on_with_another_engine():
+    """The kernel's threads are not there after a fork: a step that used them would hang or be killed."""
+    first, *both = run(fork="yes")
+    assert first[:3] == ["cpu", "True", "1"]  # numba's threads leave torch's number of threads as it is
+    assert sorted(line[0] for line in both) == ["cpu", "eager"]
+    assert {(*line[1:3], line[3]) for line in both} == {("True", "1", both[0][3])}
+    assert [line[4:] for line in both if line[0] == "cpu"] == [["0"]]
+
+
+def test_without_numba_another_engine_gives_the_same():
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 256).reshape(8, 32))
+    p.grad = torch.full_like(p, -3.0)
+    ProjectedSGD([p], lr=0.1, c=1.0, fused=True).step()
+    assert run(hide="numba") == [["eager", "True", "1", str(round(p.detach().double().sum().item(), 4))]]

@@ -1,0 +1,44 @@
+"""Plain operations, in place: how exact their norms are, and what they must look at in every step."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from projgd import MaxNorm, sums
+from projgd.torch import ProjectedSGD
+from projgd.torch.engines import eager
+from tests.torch.common import norms
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 147, 352, 353, 784, 1031, 4608])
+def test_norms_are_as_exact_as_the_guard_says(n):
+    for value in (0.1, 1 / 3, 0.7):
+        x = torch.full((3, n), value)
+        x[1, 0] = 1000.0
+        x[2] = torch.randn(n, generator=torch.Generator().manual_seed(n))
+        exact = np.sqrt((x.numpy().astype(np.longdouble) ** 2).sum(1))
+        for axis, y in ((1, x), (0, x.t().contiguous()), (0, x.t())):
+            found = eager.norms(y, (axis,)).flatten().numpy()
+            vectors = MaxNorm(1.0, axis).vectors(y)
+            assert (np.abs(found / exact - 1) <= sums.guard(sums.FLOATS["float32"], vectors)).all()
+    assert eager.longest_block() >= eager.BLOCK
+
+
+@pytest.mark.parametrize("rows", [40, 1000], ids=["in a stack", "in pieces"])
+def test_the_first_vector_that_leaves_is_seen_whatever_was_before(rows):
+    """NaN in one vector, too, hides nothing of the others."""
+    p, other = torch.nn.Parameter(torch.full((rows, 100), 0.1)), torch.nn.Parameter(torch.zeros(3, 100))  # norm 1
+    optimizer, row = ProjectedSGD([p, other], lr=1.0, c=2.0), rows // 2
+    p.grad, other.grad = torch.zeros_like(p), torch.zeros_like(other)
+    for value, norm in ((0.0, 1.0), (0.0, 1.0), (-0.2, 2.0), (0.1, 1.0), (0.0, 1.0)):
+        p.grad[row] = value
+        optimizer.step()
+        np.testing.assert_allclose(norms(p)[row], norm, rtol=2e-5)
+        assert bool((p[:row] == 0.1).all())
+    p.grad[row], p.grad[row + 1] = math.nan, -0.5
+    optimizer.step()
+    assert math.isnan(norms(p)[row])
+    assert 2 * (1 - 1e-5) <= norms(p)[row + 1] <= 2
+    assert bool((p[:row] == 0.1).all())
