@@ -1,4 +1,4 @@
-"""The contract of MaxNorm as one check, in exact arithmetic, for tests to put to every way that weights take."""
+"""The contract of sets of norms as one check in exact arithmetic, for tests to put to everything that projects."""
 
 import math
 import warnings
@@ -7,7 +7,9 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 
-from projgd import projections
+from projgd.axes import Vectors
+from projgd.bands import ball_band
+from projgd.sums import FLOATS
 
 TIGHT = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 NUMPY = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -35,23 +37,49 @@ def check(project, w, c):
 
 
 def judge(w, q, again, c):
-    """Properties 1 to 6 of the columns of `q`, projected from `w`, and of `again`, projected from `q`."""
-    name = w.dtype.name
-    finite = np.isfinite(np.asarray(w, np.float64)).all(0)
-    assert (bits(q)[:, ~finite] == bits(w)[:, ~finite]).all(), "laundered"
-    w, q, again = w[:, finite], q[:, finite], again[:, finite]
-    before, after = exact_norms(w), exact_norms(q)
-    assert (after <= c).all(), f"held: {after.max()!r} > {c!r}"
-    inside = before <= c * (1 - TIGHT[name])
-    assert (bits(q)[:, inside] == bits(w)[:, inside]).all(), "untouched"
-    assert (bits(again) == bits(q)).all(), "idempotent"
-    outside = before > c
-    coarse = np.sqrt(len(w)) * 2.0**-25 if name == "float16" else 0.0
-    if coarse < 0.02 * c:  # else no float16 is near
-        assert (after[outside] >= c * (1 - TIGHT[name])).all(), f"tight: {(after[outside] / c).min()}"
-        unit_w = np.asarray(w, np.float64)[:, outside] / before[outside]
-        cosine = (unit_w * (np.asarray(q, np.float64)[:, outside] / after[outside])).sum(0)
-        assert (cosine >= 1 - 1e-2).all(), "direction"
+    """Properties 1 to 6 of the columns of `q`, projected from `w`, and of `again`, projected from `q`, for a ball."""
+    judge_norms(w, q, 0.0, c, again)
+
+
+def judge_norms(w, q, low, high, again=None):
+    """The contract of the set of norms from `low` to `high`, for columns `q` that were projected from `w`.
+
+    Held from both sides on the stored values; tight; untouched inside, bit for bit; nothing laundered; zero vectors
+    stay; direction kept. A sphere (low == high) is met to the tightness of the dtype.
+
+    Args:
+        w, q: a vector per column, of one dtype.
+        low, high: numbers, or arrays with one number per column.
+        again: `q` projected again, which changes no bit of a set with an interior; None to leave that out.
+    """
+    name, wide_w, wide_q = w.dtype.name, np.asarray(w, np.float64), np.asarray(q, np.float64)
+    t, same = TIGHT[name], (bits(q) == bits(w)).all(0)
+    broken, zero = ~np.isfinite(wide_w).all(0), (wide_w == 0).all(0)
+    assert same[broken].all(), "laundered"
+    assert same[zero].all(), "a vector of zeros moved"
+    usual = ~(broken | zero)
+    low, high = (np.broadcast_to(x, usual.shape)[usual] for x in (low, high))
+    before, after, same = exact_norms(wide_w[:, usual]), exact_norms(wide_q[:, usual]), same[usual]
+    solid = low < high
+    assert (after <= high)[solid].all(), f"held: {(after / high)[solid].max()!r}"
+    assert (after >= low)[solid].all(), f"held from below: {(after / low)[solid].min()!r}"
+    inside = solid & (before <= high * (1 - t)) & (before >= low * (1 + t))
+    assert same[inside].all(), "untouched"
+    if again is not None:
+        assert (bits(again) == bits(q))[:, usual][:, solid].all(), "idempotent"
+        assert (bits(again) == bits(q))[:, ~usual].all(), "idempotent"
+    coarse = math.sqrt(len(w)) * 2.0**-25 if name == "float16" else 0.0
+    near = coarse < 0.02 * np.where(before < low, low, high)  # else no float16 is near
+    shorter, longer = near & (before < low), near & (before > high)
+    assert (after <= low * (1 + t))[shorter].all(), f"tight: {(after / low)[shorter].max()!r}"
+    assert (after >= high * (1 - t))[longer].all(), f"tight: {(after / high)[longer].min()!r}"
+    sphere = near & ~solid
+    assert (np.abs(after / high - 1) <= t)[sphere].all(), f"on the sphere: {(after / high)[sphere]!r}"
+    between = near & ~(shorter | longer)
+    assert (np.abs(after / before - 1) <= 2 * t)[between].all(), "moved too far"
+    with np.errstate(over="ignore"):
+        cosine = ((wide_w[:, usual] / before) * (wide_q[:, usual] / after)).sum(0)
+    assert (cosine >= 1 - 1e-2)[near].all(), "direction"
 
 
 def columns(seed, n, rows, norms, dtype):
@@ -61,49 +89,23 @@ def columns(seed, n, rows, norms, dtype):
 
 @st.composite
 def at_the_threshold(draw, dtypes=tuple(NUMPY)):
-    """Columns whose norms every way computes without rounding, and c such that the first is T, the last that is inside.
+    """Columns whose norms every engine computes without rounding, and c such that the first is the largest that stays.
 
-    The second is longer (no way may leave early), the third shorter.
+    The second is longer (no engine may stop early), the third shorter.
     """
     entries = draw(st.sampled_from([(1,), (3, 4), (2, 2, 1), (8, 4, 1), (12, 16, 15)]))
     dtype, zeros = draw(st.sampled_from(dtypes)), draw(st.sampled_from([0, 1, 80]))
     w = np.zeros((len(entries) + zeros, 3))
     w[: len(entries)] = np.ldexp(entries, draw(st.integers(-9, 9)))[:, None] * np.asarray([1, 2, 0.5])
     w = np.roll(w, draw(st.integers(0, len(w) - 1)), axis=0)
-    threshold, kind = float(exact_norms(w)[0]), projections.FLOATS[dtype]
-    share = projections.ball_limits(kind, w.shape, (0,), 1.0, np).threshold
+    threshold, vectors = float(exact_norms(w)[0]), Vectors(w.shape, (0,))
+    share = ball_band(FLOATS[dtype], vectors, 1.0).high
     near = threshold / share
     c = next(c for c in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if c * share == threshold)
     return w.astype(NUMPY[dtype]), c
 
 
 def judge_at_the_threshold(w, q, c):
-    """T belongs to what is untouched, on every way the same."""
+    """The threshold belongs to what is untouched, for every engine the same."""
     assert (bits(q)[:, [0, 2]] == bits(w)[:, [0, 2]]).all(), "a vector at the threshold moved"
     judge(w, q, q, c)
-
-
-def judge_norms(w, q, low, high):
-    """The contract of a set of norms from `low` to `high` (arrays, one number per column), for columns `q` from `w`.
-
-    Held, tight, untouched, nothing laundered, zero vectors stay, direction kept. A sphere, low == high, is met to the
-    tightness of the dtype.
-    """
-    t = TIGHT[w.dtype.name]
-    wide_w, wide_q = np.asarray(w, np.float64), np.asarray(q, np.float64)
-    stays = ~np.isfinite(wide_w).all(0) | (wide_w == 0).all(0)
-    assert np.array_equal(wide_q[:, stays], wide_w[:, stays], equal_nan=True), "laundered, or a zero vector moved"
-    low, high = (np.broadcast_to(x, stays.shape)[~stays] for x in (low, high))
-    before, after = exact_norms(wide_w[:, ~stays]), exact_norms(wide_q[:, ~stays])
-    solid = low < high
-    assert (after[solid] <= high[solid]).all(), f"held: {(after / high).max()!r}"
-    assert (after[solid] >= low[solid]).all(), f"held from below: {(after[solid] - low[solid]).min()!r}"
-    inside = solid & (before <= high * (1 - t)) & (before >= low * (1 + t))
-    kept = bits(q)[:, ~stays] == bits(w)[:, ~stays]
-    assert kept[:, inside].all(), "untouched"
-    assert (after >= np.minimum(before, high) * (1 - t)).all(), f"tight: {(after / np.minimum(before, high)).min()!r}"
-    assert (after <= np.maximum(before, low) * (1 + t)).all(), f"tight: {(after / np.maximum(before, low)).max()!r}"
-    assert (after[~solid] >= low[~solid] * (1 - t)).all(), "the sphere"
-    assert (after[~solid] <= high[~solid] * (1 + t)).all(), "the sphere"
-    cosine = ((wide_w[:, ~stays] / before) * (wide_q[:, ~stays] / after)).sum(0)
-    assert (cosine >= 1 - 1e-2).all(), "direction"

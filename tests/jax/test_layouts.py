@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from projgd.optax.layouts import absent, leaves
+from projgd.optax.tree import find_leaves as leaves, is_absent as absent
 
 KEY = jax.random.key(0)
 
