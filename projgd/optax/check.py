@@ -41,7 +41,7 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     """
     leaves = resolve(constraint, params)
     outwards = jax.tree.map(lambda p: jnp.where(p < 0, -1, 1).astype(p.dtype), params)
-    weights = project(jax.tree.map(lambda p, o: p + o, params, outwards), constraint)
+    weights = project(jax.tree.map(lambda p, o: p + o * _vary(p), params, outwards), constraint)
     state = tx.init(weights)
     if any(_find(s.base_optimizer_state, ProjectionState) for s in _find(state, contrib.ScheduleFreeState)):
         raise ValueError(
@@ -59,6 +59,11 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
                     f"{leaf.name} is outside {leaf.constraint} by {distance:.2g} after step {step + 1}: put the "
                     "projection last in the chain, outside of wrappers that change its update"
                 )
+
+
+def _vary(p: Any) -> Any:
+    """Return numbers from 1 to 2, so that weights that are all alike do not point where the steps press."""
+    return jnp.linspace(1, 2, p.size, dtype=jnp.float32).reshape(p.shape).astype(p.dtype)
 
 
 def _find(state: Any, kind: type) -> list[Any]:

@@ -31,9 +31,7 @@ SHORT = {"float32": 2.0**-40, "float64": 2.0**-300}
 """Above this norm, all entries whose squares underflow change the norm by less than rounding does."""
 
 
-def project_leaf(
-    x: jax.Array, leaf: LeafConstraint, *, moved: bool = True, first: bool = False
-) -> tuple[jax.Array, jax.Array | None]:
+def project_leaf(x: jax.Array, leaf: LeafConstraint, *, moved: bool = True) -> tuple[jax.Array, jax.Array | None]:
     """Project an array as `Constraint.onto` does, but subnormal numbers may become 0, as in XLA's sums.
 
     * One plain sum of squares serves all norms but those whose squares over- or underflow. On a CPU these vectors have
@@ -48,9 +46,6 @@ def project_leaf(
         x: the array, in the parameter's shape.
         leaf: the parameter's constraint and vectors.
         moved: whether a step has just moved the weights, as in `Constraint.onto`.
-        first: whether the branch comes before the other vectors are scaled. In a chain it does, because XLA makes an
-            array that goes through a branch only once. Else it comes last, so that weights which are not donated are
-            not copied for it (`test_memory_of_a_step`).
 
     Returns:
         The projected array; and the factors of the vectors, or None if the reference projected them.
@@ -66,7 +61,7 @@ def project_leaf(
                 "multiply every vector by one factor. With jit and NamedSharding it can, without split_over"
             )
         return leaf.constraint.onto(leaf.view(x), leaf.vectors.axes, jnp, moved=moved).reshape(x.shape), None
-    scale = partial(_scale, band=band, total=partial(_total, leaf=leaf), first=first)
+    scale = partial(_scale, band=band, total=partial(_total, leaf=leaf))
     everywhere = partial(scale, seldom=lambda flag, f, *arrays: f(*arrays))
     if not isinstance(x, jax.core.Tracer):
         return everywhere(x)
@@ -76,20 +71,19 @@ def project_leaf(
 
 
 def _scale(
-    x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], first: bool, seldom: Callable[..., Any]
+    x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], seldom: Callable[..., Any]
 ) -> tuple[jax.Array, jax.Array]:
-    """Project by one sum of squares; seldom(flag, f, *arrays) is f(*arrays), and may be the arrays if flag is false."""
+    """Project by one sum of squares; seldom(flag, f, *arrays) is f(*arrays), and may be the arrays if flag is false.
+
+    The branch comes before the other vectors are scaled, and what follows uses nothing of before, because XLA makes an
+    array that goes through a branch only once (`test_memory_of_a_step`).
+    """
     w = x.astype(float_type(x).compute)
     square = total(w * w)
-    is_odd, scale_odd = _shift(square, band) != 1, partial(_scale_odd, band=band, total=total)
-    if first:  # what follows uses nothing of before, or XLA makes x twice
-        x, square = seldom(jnp.any(is_odd), scale_odd, x, square)
-    factor = band.factors(root(square if first else jnp.where(is_odd, 0, square), jnp), jnp)
+    x, square = seldom(jnp.any(_shift(square, band) != 1), partial(_scale_odd, band=band, total=total), x, square)
+    factor = band.factors(root(square, jnp), jnp)
     # Chosen, because XLA takes a subnormal number times 1 for 0 (`test_subnormal_entries_stay`).
-    y = jnp.where(factor == 1, x, (x.astype(w.dtype) * factor).astype(x.dtype))
-    if not first:
-        y, _ = seldom(jnp.any(is_odd), scale_odd, y, square)
-    return y, factor
+    return jnp.where(factor == 1, x, (x.astype(w.dtype) * factor).astype(x.dtype)), factor
 
 
 def _scale_odd(
@@ -153,7 +147,7 @@ class Turns:
         if is_large and self.factor is not None and _varies(self.factor) <= _varies(x):
             wait = lambda x, factor: jnp.where(jnp.sum(factor) < 0, 0, x)  # noqa: E731
             x = jax.lax.platform_dependent(x, self.factor, cpu=wait, default=lambda x, factor: x)
-        y, factor = project_leaf(x, leaf, first=True)
+        y, factor = project_leaf(x, leaf)
         if is_large and factor is not None:
             self.factor = factor
         return y

@@ -1,7 +1,5 @@
 """The examples' training loops, run; and a run that is killed and resumed."""
 
-from __future__ import annotations
-
 import importlib.util
 import signal
 import subprocess
