@@ -107,8 +107,7 @@ def projected(
 
     Raises:
         TypeError: `tx` is no optimizer.
-        ValueError: an unknown metric; at `init`, a constrained parameter without a second moment in the state of `tx`,
-            or a set without a projection in this metric.
+        ValueError: an unknown metric; at `init`, a constrained parameter without a second moment in the state of `tx`.
 
     >>> import jax.numpy as jnp, optax
     >>> from projgd import MaxNorm
@@ -135,12 +134,8 @@ def projected(
 
     def init(params: Any) -> ProjectedState:
         state = ProjectedState(inner.init(params), last.init(params))
-        leaves = resolve_at(constraint, params, state.projection)
-        for leaf in leaves:
-            if leaf:
-                leaf.constraint.check_metric("adaptive")
         if not callable(metric):
-            _check_found(state.inner, params, leaves)
+            _check_found(state.inner, params, resolve_at(constraint, params, state.projection))
         return state
 
     def update(updates: Any, state: ProjectedState, params: Any = None, **extra: Any) -> tuple[Any, ProjectedState]:
