@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from projgd.torch import metrics
 from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
@@ -237,7 +238,8 @@ def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[
     constraint = constraint_of(group)
     inner = getattr(optimizer, "inner", type(optimizer))
     radii = take_initial(constraint, named)
-    job = Job(optimizer, inner, group, constraint, radii=radii, forced=engine)
+    metric = metrics.after_step(optimizer, inner, group, {})
+    job = Job(optimizer, inner, group, constraint, metric, radii, forced=engine)
     with torch.no_grad():
         for name, p in named.items():
             try:

@@ -77,7 +77,6 @@ def test_copies_go_on_as_the_original_would(cls, how):
     assert float(q.detach().double().norm()) == pytest.approx(radius, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="a subclass inherits the way in which its base is copied, and becomes that base")
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_subclass_is_copied_as_itself(how):
     p = start()

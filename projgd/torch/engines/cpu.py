@@ -90,6 +90,7 @@ class Cpu(Engine):
         try:
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
             found.append(list(map(Tensor.numel, grads)))
+            found.append(any(map(Tensor.is_neg, grads)))
             if names:  # in the order of the parameters, if it can be, because looking one up runs Python code
                 in_order = len(state) == len(params) and all(map(operator.is_, state, params))
                 states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))
