@@ -1,6 +1,6 @@
-"""SGD, Adam and AdamW with the projection on a CPU: one numba kernel for all tensors of a group.
+"""Run SGD, Adam and AdamW with the projection on a CPU, in one numba kernel for all tensors of a group.
 
-This file says what the kernel takes, and collects what it reads. The kernel is in `cpu_kernel`, which is imported at
+This file decides what the kernel takes, and collects what it reads. The kernel is in `cpu_kernel`, which is imported at
 the first step, because importing numba takes half a second.
 """
 
@@ -30,7 +30,7 @@ from projgd.torch.metrics import OfStep
 if TYPE_CHECKING:
     from projgd.torch.engines.cpu_kernel import Tables
 
-_address, _stride = Tensor.data_ptr, Tensor.stride  # for `map`: with many small tensors, Python is what takes time
+_address, _stride = Tensor.data_ptr, Tensor.stride  # `map` calls methods faster than lambdas
 
 
 class Cpu(Engine):
@@ -52,7 +52,7 @@ class Cpu(Engine):
             _add_missing(state, p, names)
         read = {name: [state[name] for state in states] for name in names}
         table = [list(map(_address, tensors)) for tensors in (params, params, *(read[k] for k in names if k != "step"))]
-        table += table[-1:] * (5 - len(table))  # one for the gradients, three for states
+        table += table[-1:] * (5 - len(table))  # the kernel reads a row for the gradients and three for states
         sources, bands, rows = _lay_out(job, params)
         tables = Tables(table, list(map(_address, read.get("step", []))), rows, bands)
         return _Prepared(tables, sources, job.constraint, starting, [read, *job.radii.values()])
@@ -81,7 +81,7 @@ class Cpu(Engine):
         try:
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
             found.append(list(map(Tensor.numel, grads)))
-            if names:  # in the order of the parameters, if it can be, because looking one up runs Python code
+            if names:  # looking up a parameter in a dict runs Python code, so this avoids it if the orders agree
                 in_order = len(state) == len(params) and all(map(operator.is_, state, params))
                 states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))
                 found += [list(map(_address, map(operator.itemgetter(name), states))) for name in names]
@@ -91,7 +91,7 @@ class Cpu(Engine):
 
 
 def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
-    """Yield what may keep the engine from taking a parameter, each with a sentence for the user."""
+    """Yield pairs: whether the engine refuses a parameter for some reason, and the reason for the user."""
     group = job.group
     yield p.device.type != "cpu", ""
     yield not group.get("fused"), "fused=True was not passed"
@@ -132,10 +132,13 @@ _forked = False
 
 
 def _note_fork() -> None:
-    """In the child of a fork, note that threads that numba started are not there: waiting for them would never end."""
+    """Note in the child of a fork that the threads of numba are missing.
+
+    Waiting for them would never end.
+    """
     global _forked
     numba: Any = sys.modules.get("numba")
-    with contextlib.suppress(ValueError):  # raised where no threads were started
+    with contextlib.suppress(ValueError):  # numba raises this if it has started no threads
         _forked = _forked or (numba is not None and bool(numba.threading_layer()))
 
 
@@ -151,7 +154,10 @@ def _state_names(job: Job) -> list[str]:
 
 
 def _add_missing(state: dict[str, Any], p: Tensor, names: Sequence[str]) -> None:
-    """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
+    """Add the states that the optimizer would make.
+
+    A new momentum is -0.0, to which the first gradient adds exactly.
+    """
     count = torch.empty((), dtype=torch.float32, device=p.device)
     for name in names:
         if state.get(name) is None:
@@ -161,14 +167,14 @@ def _add_missing(state: dict[str, Any], p: Tensor, names: Sequence[str]) -> None
 
 @dataclass
 class _Prepared:
-    """What stays from step to step.
+    """Hold what the engine keeps from step to step.
 
     Attributes:
         tables: what the kernel reads.
-        sources: where bands come from: the first row in the table of bands, a parameter, and its vectors.
-        constraint: what the bands were made of.
+        sources: for each run of bands, its first row in the table of bands, the parameter, and its vectors.
+        constraint: the constraint that the bands were made from.
         starting: the parameters whose momentum starts with this step.
-        kept: tensors and radii that are known by address or identity, which nobody else can have while they are here.
+        kept: tensors and radii that are known by address or identity; keeping them here keeps both unique.
     """
 
     tables: Tables
@@ -202,7 +208,7 @@ _Source = tuple[int, Tensor, Vectors]
 
 
 def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[Any], list[Any]]:
-    """Return where bands come from, the bands, and where vectors lie, as `cpu_kernel.cut_tiles` reads it."""
+    """Return the sources of the bands, the bands, and the rows of each tensor as `cpu_kernel.cut_tiles` reads them."""
     sources: list[_Source] = []
     bands: list[Any] = []
     rows: list[Any] = []
@@ -220,7 +226,7 @@ def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[An
 
 
 def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
-    """Return the numbers of a band, or of those of all vectors in the order of memory where they differ."""
+    """Return the numbers of a band, or one row of numbers per vector, in the order of memory, if they differ."""
     assert band is not None
     numbers = band.low, band.high, band.up, band.down, band.pull
     if not any(isinstance(n, Tensor) for n in numbers):
@@ -232,7 +238,7 @@ def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
 
 @torch.no_grad()
 def _project_in_metric(p: Tensor, job: Job) -> None:
-    """Project a parameter that the kernel has left, because its metric is out of range."""
+    """Project a parameter that the kernel could not, because its metric is out of range."""
     vectors, band = job.vectors(p), job.band(p)
     diagonal = None if job.metric is None else job.metric(p)
     if vectors is not None and band is not None and diagonal is not None:
