@@ -71,7 +71,7 @@ class Cpu(Engine):
             _project_in_metric(params[k], job)
 
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
-        """Return where parameters and states lie, and the form of parameters and gradients.
+        """Return the addresses of parameters and states, and the forms of parameters and gradients.
 
         None where a state or a gradient is missing, a gradient is sparse, or the process was forked.
         """

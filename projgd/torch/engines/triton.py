@@ -257,7 +257,7 @@ def _kernel() -> Any:
 def _step(
     programs, tensors, grads, bands, lr, numbers, dtype: tl.constexpr, is_sgd: tl.constexpr, shapes: tl.constexpr
 ):
-    """Triton kernel: update and project all tensors of a dtype; each program takes some rows of one of them.
+    """Update and project all tensors of a dtype in one kernel; each program takes some rows of one of them.
 
     Args:
         programs: int64, the tensor that each program takes.
