@@ -1,7 +1,10 @@
 """Measure Keras 3's own training step, forward and backward pass included, with and without `MaxNorm`.
 
-The backend is chosen once per process, so this is a program of its own: KERAS_BACKEND=torch python -m benchmarks.keras_step mlp
-Adam. It prints the milliseconds of every step in JSON: of the plain one, and with each bound.
+The backend is chosen once per process, so this is a program of its own:
+
+KERAS_BACKEND=torch python -m benchmarks.keras_step mlp Adam
+
+It prints the milliseconds of every step in JSON: of the plain one, and with each bound.
 """
 
 from __future__ import annotations
