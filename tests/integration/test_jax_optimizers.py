@@ -174,8 +174,8 @@ def test_lookahead_is_projected_outside_of_it():
 
 def test_schedule_free_constrains_where_gradients_are_taken():
     """Not the average that is evaluated: that one is projected when it is taken."""
-    tx = optax.chain(contrib.schedule_free_sgd(0.3), maxnorm_projection(C))
-    state, params = tx.init(ON_THE_BOUND), ON_THE_BOUND
+    tx = optax.chain(contrib.schedule_free_sgd(1.0), maxnorm_projection(C))
+    state, params = tx.init(PARAMS), PARAMS
     for _ in range(8):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
