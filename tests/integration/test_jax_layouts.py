@@ -16,6 +16,14 @@ from projgd.optax import find_leaves
 KEY = jax.random.key(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    """Which weights an output depends on does not hang on how fast it is computed: this halves the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def ones(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).uniform(1, 2, shape), jnp.float32)  # no 0: every weight has an effect
 
