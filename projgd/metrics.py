@@ -137,7 +137,7 @@ def _equation(points: _Points, metric: Array, axes: tuple[int, ...], xp: ModuleT
     unit, tiny, moves = FLOATS[compute].unit, FLOATS[compute].tiny, points.moves
     one = xp.ones_like(points.z)
     z = xp.where(moves, points.z, one)
-    d = xp.where(moves, _relative(metric, compute, axes, xp), one)
+    d = xp.where(moves, _normalise(metric, compute, axes, xp), one)
     u = d * z
     largest = xp.max(xp.abs(u), axis=axes, keepdims=True)
     u = u / largest
@@ -178,7 +178,7 @@ def _solve(equation: _Equation, axes: tuple[int, ...], xp: ModuleType, repeat: R
     return xp.where(free & (missing > 8 * close), shared, h)
 
 
-def _relative(metric: Array, compute: str, axes: tuple[int, ...], xp: ModuleType) -> Array:
+def _normalise(metric: Array, compute: str, axes: tuple[int, ...], xp: ModuleType) -> Array:
     """Return D over its largest entry in each vector, at least `WIDEST`; 1 where the vector's D is not a metric."""
     kind = FLOATS[float_type(metric, "the metric").compute]
     d = xp.astype(metric, getattr(xp, kind.compute), copy=False)

@@ -81,7 +81,7 @@ def project_after_step(
         skip = getattr(optimizer, "found_inf", None)
         jobs = [Job(optimizer, type(optimizer), options, own, skip=skip, params=params) for own, params in parts]
         with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-            routing.project(router.routes(jobs, may_step=False))
+            routing.run_projecting(router.routes(jobs, may_step=False))
 
     pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     handle = RemovableHandle(post, extra_dict=pre)
@@ -98,7 +98,7 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
         raise TypeError(
             f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )
-    named = [settings.named(group, i) for i, group in enumerate(optimizer.param_groups)]
+    named = [settings.named_params(group, i) for i, group in enumerate(optimizer.param_groups)]
     if model is not None:
         wanted = layers.constraints(model, constraint)
         of_tensor = {id(p): wanted[name] for name, p in model.named_parameters()}
@@ -143,7 +143,7 @@ def _check(optimizer: Optimizer, chosen: Chosen) -> dict[str, bool]:
     """Raise an error if a constraint cannot be applied; return by name whether a parameter has vectors to hold."""
     held = {}
     for i, (group, constraints) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
-        for (name, p), own in zip(settings.named(group, i).items(), constraints, strict=True):
+        for (name, p), own in zip(settings.named_params(group, i).items(), constraints, strict=True):
             if own is not None and own.takes_initial:
                 raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
             settings.check(own, {name: p})

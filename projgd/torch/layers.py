@@ -102,20 +102,20 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
     Warns:
         UserWarning: as `param_groups`.
     """
-    places: dict[str, list[_Place]] = {}
+    uses: dict[str, list[_Use]] = {}
     first = {id(p): name for name, p in model.named_parameters()}
-    for place in _places(model):
-        places.setdefault(first[id(place.param)], []).append(place)
-    wanted = _wanted(constraint, {name: places[name] for name in first.values()})
+    for use in _find_uses(model):
+        uses.setdefault(first[id(use.param)], []).append(use)
+    wanted = _assign(constraint, {name: uses[name] for name in first.values()})
     for name, own in wanted.items():
         if own is not None or isinstance(constraint, Constraint):
-            settings.refuse_flattened(places[name][0].param, name)
+            settings.refuse_flattened(uses[name][0].param, name)
         if own is not None:
-            settings.refuse_lazy(places[name][0].param, name)
-    chosen = {name: _with_axis(own, places[name]) for name, own in wanted.items()}
+            settings.refuse_lazy(uses[name][0].param, name)
+    chosen = {name: _with_axis(own, uses[name]) for name, own in wanted.items()}
     if isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, {name: own is not None for name, own in chosen.items()})
-    _warn(places, wanted, chosen)
+    _warn(uses, wanted, chosen)
     return chosen
 
 
@@ -145,8 +145,8 @@ def fan_in(layer: nn.Module, name: str, ndim: int) -> tuple[int, ...] | Split | 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Describe a parameter in one layer of the model; a shared parameter has several places.
+class _Use:
+    """Describe a parameter in one layer of the model; a shared parameter has several uses.
 
     Attributes:
         name: its name in the model.
@@ -167,7 +167,7 @@ class _Place:
         return isinstance(self.layer, (*FREE, *OUT_FIRST)) or _is_conv1d_of_transformers(self.layer)
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _find_uses(model: nn.Module) -> Iterator[_Use]:
     """Yield every parameter in every layer that has it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
@@ -179,19 +179,19 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                 *above, _, tensor = path.split(".")
                 layer = modules[".".join(above)]
                 by_rows = fan_in(layer, tensor, p.ndim) == tuple(range(1, p.ndim))
-                yield _Place(name, p, layer, tensor, indirect=not (by_rows and _is_gain(module, own_name)))
+                yield _Use(name, p, layer, tensor, indirect=not (by_rows and _is_gain(module, own_name)))
             else:
                 made = (
                     own_name.removesuffix("_orig").removesuffix("_g").removesuffix("_v")
                 )  # the suffixes of torch.nn.utils' older functions
                 old_way = made != own_name and hasattr(module, made) and not hasattr(module, f"{made}_mask")
-                yield _Place(name, p, module, own_name, old_way)
+                yield _Use(name, p, module, own_name, old_way)
 
 
-def _fan_in(place: _Place) -> tuple[int, ...] | Split | None:
-    """Return the fan-in of a place; a lazy weight counts as a matrix."""
-    ndim = 2 if is_lazy(place.param) and "bias" not in place.own_name else place.param.ndim
-    return fan_in(place.layer, place.own_name, ndim)
+def _fan_in(use: _Use) -> tuple[int, ...] | Split | None:
+    """Return the fan-in of a use; a lazy weight counts as a matrix."""
+    ndim = 2 if is_lazy(use.param) and "bias" not in use.own_name else use.param.ndim
+    return fan_in(use.layer, use.own_name, ndim)
 
 
 def _is_gain(module: ParametrizationList, own_name: str) -> bool:
@@ -200,44 +200,44 @@ def _is_gain(module: ParametrizationList, own_name: str) -> bool:
     return own_name == "original0" and type(made_by).__name__ == "_WeightNorm" and bool(made_by.dim == 0)
 
 
-def _wanted(constraint: Constraint | Rules, places: Mapping[str, list[_Place]]) -> dict[str, Constraint | None]:
+def _assign(constraint: Constraint | Rules, uses: Mapping[str, list[_Use]]) -> dict[str, Constraint | None]:
     """Return the constraint that the user wants for every parameter, before its layer decides the axes."""
     if isinstance(constraint, Constraint):
-        return {name: None if all(_fan_in(p) is None for p in here) else constraint for name, here in places.items()}
+        return {name: None if all(_fan_in(p) is None for p in here) else constraint for name, here in uses.items()}
     if not isinstance(constraint, Mapping):
         raise TypeError(
             f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )
-    shared = {p.name: name for name, here in places.items() for p in here if p.name != name}
+    shared = {p.name: name for name, here in uses.items() for p in here if p.name != name}
     for pattern in constraint:
         if pattern in shared:
             raise ValueError(f"the rule {pattern!r} names a shared parameter: use its first name, {shared[pattern]!r}")
-    return rules.assign(constraint, places)
+    return rules.assign(constraint, uses)
 
 
-def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | None:
+def _with_axis(own: Constraint | None, uses: list[_Use]) -> Constraint | None:
     """Return a constraint with the axes of the layers in which its parameter is."""
     if own is None or own.axis != "fan_in":
         return own
-    found = {_fan_in(p) for p in places}
+    found = {_fan_in(p) for p in uses}
     if len(found) > 1:
         raise ValueError(
-            f"{' and '.join(p.name for p in places)} are one tensor whose neurons lie along different axes in the "
+            f"{' and '.join(p.name for p in uses)} are one tensor whose neurons lie along different axes in the "
             "layers that share it: give the constraint of its rule an explicit axis"
         )
     (axis,) = found
     if axis is None:
         return None
-    if axis == tuple(range(1, places[0].param.ndim)):
+    if axis == tuple(range(1, uses[0].param.ndim)):
         return own  # layers of all ranks then share one group
     return own.replace(axis=axis)
 
 
 def _warn(
-    places: Mapping[str, list[_Place]], wanted: Mapping[str, Constraint | None], chosen: Mapping[str, Constraint | None]
+    uses: Mapping[str, list[_Use]], wanted: Mapping[str, Constraint | None], chosen: Mapping[str, Constraint | None]
 ) -> None:
     """Warn of constraints on tensors that are not effective weights, and of unknown layers."""
-    held = [(name, p) for name, here in places.items() for p in here if chosen[name] is not None]
+    held = [(name, p) for name, here in uses.items() for p in here if chosen[name] is not None]
     if indirect := [name for name, p in held if p.indirect]:
         warnings.warn(
             f"{', '.join(indirect)}: the constraint holds for this tensor, which the optimizer owns, not for the "

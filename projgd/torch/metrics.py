@@ -29,7 +29,7 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class DiagonalRule:
     """Describe how to compute D of one parameter from its state after the step and its param group.
 
     Attributes:
@@ -56,7 +56,7 @@ class OfStep:
         kept: copies of entries of the state from before the step.
     """
 
-    diagonal: Diagonal
+    diagonal: DiagonalRule
     state: Mapping[Tensor, State]
     group: Group
     kept: Mapping[Tensor, State]
@@ -96,11 +96,11 @@ def register_metric(
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"register_metric() takes a torch.optim.Optimizer class, not {cls!r}")
     before = tuple(before)
-    DIAGONALS[cls] = Diagonal(of, tuple(dict.fromkeys((*needs, *before))), before, entrywise=False)
+    DIAGONALS[cls] = DiagonalRule(of, tuple(dict.fromkeys((*needs, *before))), before, entrywise=False)
 
 
-def diagonal_of(cls: type[Optimizer]) -> Diagonal | None:
-    """Return the `Diagonal` of an optimizer class; None where D is the identity.
+def diagonal_of(cls: type[Optimizer]) -> DiagonalRule | None:
+    """Return the `DiagonalRule` of an optimizer class; None where D is the identity.
 
     Args:
         cls: an optimizer class, without the projection.
@@ -199,7 +199,7 @@ def after_step(
     return OfStep(diagonal, optimizer.state, group, kept)
 
 
-def _wide(t: Any) -> Tensor:
+def _to_float32(t: Any) -> Tensor:
     """Return a tensor in float32 if it is of a 16-bit type."""
     wide: Tensor = t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
     return wide
@@ -215,13 +215,13 @@ def _correction(state: State, beta: Any) -> Any:
 
 def _root(name: str) -> Callable[[State, Group], Tensor]:
     """Return the diagonal √v + ε of optimizers that keep v under this name."""
-    return lambda state, group: _wide(state[name]).sqrt() + group["eps"]
+    return lambda state, group: _to_float32(state[name]).sqrt() + group["eps"]
 
 
 def _adam(state: State, group: Group) -> Tensor:
     """Return √(v̂) + ε, with the largest v so far under `amsgrad`."""
     v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    return _wide(v).sqrt() / _correction(state, group["betas"][1]) ** 0.5 + group["eps"]  # type: ignore[no-any-return]
+    return _to_float32(v).sqrt() / _correction(state, group["betas"][1]) ** 0.5 + group["eps"]  # type: ignore[no-any-return]
 
 
 def _radam(state: State, group: Group) -> Tensor:
@@ -233,19 +233,19 @@ def _radam(state: State, group: Group) -> Tensor:
     correction = _correction(state, beta)
     longest = 2 / (1 - beta) - 1
     length = longest - 2 * (1 - correction) / correction * state["step"]
-    adaptive: Tensor = _wide(state["exp_avg_sq"]).sqrt() + group["eps"]
+    adaptive: Tensor = _to_float32(state["exp_avg_sq"]).sqrt() + group["eps"]
     return torch.where(torch.as_tensor(length, device=adaptive.device) > 5, adaptive, 1.0)
 
 
 def _rmsprop(state: State, group: Group) -> Tensor:
     """Return √v + ε, where a centered v is the variance."""
-    v = _wide(state["square_avg"]) - (_wide(state["grad_avg"]) ** 2 if group["centered"] else 0)
+    v = _to_float32(state["square_avg"]) - (_to_float32(state["grad_avg"]) ** 2 if group["centered"] else 0)
     return v.sqrt() + group["eps"]  # type: ignore[no-any-return]
 
 
 def _adadelta(state: State, group: Group) -> Tensor:
     """Return √(v + ε) / √(Δ + ε), with Δ from before the step."""
-    ratio: Tensor = (_wide(state["square_avg"]) + group["eps"]) / (_wide(state["acc_delta"]) + group["eps"])
+    ratio: Tensor = (_to_float32(state["square_avg"]) + group["eps"]) / (_to_float32(state["acc_delta"]) + group["eps"])
     return ratio.sqrt()
 
 
@@ -256,23 +256,23 @@ def _adafactor(state: State, group: Group) -> Tensor:
     if small is None:
         small = torch.finfo((state["variance"] if row is None else row).dtype).eps
     if row is None:
-        estimate = _wide(state["variance"])
+        estimate = _to_float32(state["variance"])
     else:
-        estimate = _wide(row) @ _wide(col) / _wide(row).mean(dim=-2, keepdim=True).clamp(min=small)
+        estimate = _to_float32(row) @ _to_float32(col) / _to_float32(row).mean(dim=-2, keepdim=True).clamp(min=small)
     return estimate.clamp(min=small**2).sqrt()
 
 
-DIAGONALS: dict[type[Optimizer], Diagonal | None] = {
+DIAGONALS: dict[type[Optimizer], DiagonalRule | None] = {
     torch.optim.SGD: None,
     torch.optim.ASGD: None,
-    torch.optim.Adam: Diagonal(_adam, ("exp_avg_sq",)),
-    torch.optim.AdamW: Diagonal(_adam, ("exp_avg_sq",)),
-    torch.optim.NAdam: Diagonal(_adam, ("exp_avg_sq",)),
-    torch.optim.RAdam: Diagonal(_radam, ("exp_avg_sq",)),
-    torch.optim.SparseAdam: Diagonal(_root("exp_avg_sq"), ("exp_avg_sq",)),
-    torch.optim.Adamax: Diagonal(lambda state, group: state["exp_inf"], ("exp_inf",)),
-    torch.optim.Adagrad: Diagonal(_root("sum"), ("sum",)),
-    torch.optim.RMSprop: Diagonal(_rmsprop, ("square_avg",)),
-    torch.optim.Adadelta: Diagonal(_adadelta, ("square_avg", "acc_delta"), ("acc_delta",)),
-    torch.optim.Adafactor: Diagonal(_adafactor, (), entrywise=False),
+    torch.optim.Adam: DiagonalRule(_adam, ("exp_avg_sq",)),
+    torch.optim.AdamW: DiagonalRule(_adam, ("exp_avg_sq",)),
+    torch.optim.NAdam: DiagonalRule(_adam, ("exp_avg_sq",)),
+    torch.optim.RAdam: DiagonalRule(_radam, ("exp_avg_sq",)),
+    torch.optim.SparseAdam: DiagonalRule(_root("exp_avg_sq"), ("exp_avg_sq",)),
+    torch.optim.Adamax: DiagonalRule(lambda state, group: state["exp_inf"], ("exp_inf",)),
+    torch.optim.Adagrad: DiagonalRule(_root("sum"), ("sum",)),
+    torch.optim.RMSprop: DiagonalRule(_rmsprop, ("square_avg",)),
+    torch.optim.Adadelta: DiagonalRule(_adadelta, ("square_avg", "acc_delta"), ("acc_delta",)),
+    torch.optim.Adafactor: DiagonalRule(_adafactor, (), entrywise=False),
 }

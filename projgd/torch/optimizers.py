@@ -86,9 +86,9 @@ class Projected(Optimizer):
             cls.__doc__ = cls.__doc__ or f"Run `{name}`, then project the parameters; see `projgd.torch.Projected`."
             _made.setdefault(cls.inner, cls)
         cls.__signature__ = _signature(cls)
-        step: Any = _unhooked(cls.step)
+        step: Any = _unwrap_step(cls.step)
         if step is not Projected.step and not hasattr(step, "projects"):
-            cls.step = _then_projected(step)  # type: ignore[method-assign]
+            cls.step = _project_after(step)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -142,13 +142,13 @@ class Projected(Optimizer):
         known = {*settings.KEYS, *self.defaults, *_FOREIGN_KEYS}
         # An optimizer without defaults keeps all its options in its groups, so no key can be called unknown.
         if self.defaults.keys() - settings.KEYS and (unknown := sorted(set(group) - known)):
-            near = _nearest(unknown[0], known)
+            near = _suggest(unknown[0], known)
             raise ValueError(
                 f"a param group has the unknown key {unknown[0]!r}{near}; known are {', '.join(sorted(known))}"
             )
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
-        named = settings.named(group, len(self.param_groups))
+        named = settings.named_params(group, len(self.param_groups))
         self._check(group, named)
         taken = shaping.take_initial(settings.constraint_of(group), named)
         super().add_param_group(group)
@@ -195,7 +195,7 @@ class Projected(Optimizer):
                 loss = closure()
         with torch.no_grad():
             work = self._routes({}, may_step=True)
-            if rest := routing.step(work, self):
+            if rest := routing.run_stepping(work, self):
                 self._run_inner(rest, None)
             self._run(work)
         return loss
@@ -223,14 +223,14 @@ class Projected(Optimizer):
         grad_enabled = bool(self.defaults.get("differentiable"))
         with torch.set_grad_enabled(grad_enabled):
             for i, job in enumerate(self._jobs({}, compiled)):
-                for name, p in settings.named(job.group, i).items():
+                for name, p in settings.named_params(job.group, i).items():
                     engine, refusals = routing.choose(job, p, may_step)
                     found[name] = routing.Choice(engine.name if engine else routing.FREE, refusals)
         return found
 
     def _run_inner(self, optimizer: Optimizer, closure: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
         """Run the inner class's step on `optimizer`: this one, or a view of it with fewer parameters."""
-        inner: Any = _unhooked(self.inner.step)
+        inner: Any = _unwrap_step(self.inner.step)
         differentiable = bool(self.defaults.get("differentiable"))
         breaks_graphs = torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS
 
@@ -244,7 +244,7 @@ class Projected(Optimizer):
         self._all_radii()  # radii belong to the weights before the step
         if not any(shaping.is_shaped(group) for group in optimizer.param_groups):
             return call(closure)
-        spare = {} if torch.compiler.is_compiling() else self._spare
+        spare = {} if torch.compiler.is_compiling() else self._copies
         return shaping.step(self.inner, optimizer.param_groups, spare, call, closure)
 
     def _project(self, kept: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -255,7 +255,7 @@ class Projected(Optimizer):
     def _run(self, work: Iterable[tuple[Job, routing.Route]]) -> None:
         """Run the engines that only project."""
         self._radii.note_step()
-        routing.project(work)
+        routing.run_projecting(work)
         self._has_projected = True
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
@@ -284,7 +284,7 @@ class Projected(Optimizer):
 
     def _all_radii(self) -> dict[Tensor, Tensor]:
         return self._radii.all_of(
-            (seen.constraint, settings.named(group, i))
+            (seen.constraint, settings.named_params(group, i))
             for i, (group, seen) in enumerate(zip(self.param_groups, self._seen, strict=True))
             if seen.constraint is not None and seen.constraint.takes_initial
         )
@@ -294,37 +294,41 @@ class Projected(Optimizer):
         return routing.Router()
 
     @functools.cached_property
-    def _spare(self) -> dict[Tensor, Tensor]:
+    def _copies(self) -> dict[Tensor, Tensor]:
         return {}
 
     def _adopt_changes(self) -> None:
         """Check the settings that have changed in the groups since the last call, and use them from now on."""
-        if len(self._seen) != len(self.param_groups) or not all(map(Snapshot.still, self._seen, self.param_groups)):
+        if len(self._seen) != len(self.param_groups) or not all(
+            map(Snapshot.is_unchanged, self._seen, self.param_groups)
+        ):
             self._adopt_changed_settings()
         if self._has_projected is False and not torch.compiler.is_compiling():
             for i, group in enumerate(self.param_groups):  # a wrapper may have replaced the parameters since
-                settings.check(settings.constraint_of(group), settings.named(group, i), group["metric"])
+                settings.check(settings.constraint_of(group), settings.named_params(group, i), group["metric"])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _adopt_changed_settings(self) -> None:
         seen = {id(s.group): s for s in self._seen}
-        self._seen = tuple(self._look(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups))
-        self._radii.keep_only(set(map(id, _in_order(self.param_groups))))
-        self._spare.clear()
+        self._seen = tuple(
+            self._take_snapshot(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups)
+        )
+        self._radii.keep_only(set(map(id, _all_params(self.param_groups))))
+        self._copies.clear()
 
-    def _look(self, group: dict[str, Any], index: int, seen: Snapshot | None) -> Snapshot:
-        if seen is not None and seen.still(group):
+    def _take_snapshot(self, group: dict[str, Any], index: int, seen: Snapshot | None) -> Snapshot:
+        if seen is not None and seen.is_unchanged(group):
             return seen
-        named, was, only_c = settings.named(group, index), None, False
+        named, was, only_c = settings.named_params(group, index), None, False
         if seen is None:
             own = settings.settle(group, self._inherited)
         else:
             own, was = settings.adopt(group, seen.settings), settings.constraint_of(seen.settings)
-            only_c = settings.moved(group, seen.settings) == {"c"} and seen.has(group["params"])
+            only_c = settings.changed_keys(group, seen.settings) == {"c"} and seen.has_params(group["params"])
         now = {**group, **own}
         constraint = settings.constraint_of(now)
         moves = only_c and None not in (was, constraint)
-        if not (moves and settings.is_usual(constraint) and settings.is_usual(was)):
+        if not (moves and settings.moves_freely(constraint) and settings.moves_freely(was)):
             self._router.clear()
             self._check(now, named)
             if seen is not None and was != constraint:
@@ -348,7 +352,7 @@ class Projected(Optimizer):
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             return
         for k in kwargs:
-            if k not in takes and (near := _nearest(k, {*takes, *settings.KEYS})):
+            if k not in takes and (near := _suggest(k, {*takes, *settings.KEYS})):
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}{near}")
 
     def _refuse_other_tensors(self, params: Any) -> None:
@@ -358,7 +362,7 @@ class Projected(Optimizer):
         weights of the model would not be projected then.
         """
         given = set(map(id, _tensors(params)))
-        if any(id(p) not in given for p in _in_order(self.param_groups)):
+        if any(id(p) not in given for p in _all_params(self.param_groups)):
             raise TypeError(
                 f"{self.inner.__name__} steps other tensors than those that it was given (copies, or all in one), so "
                 "the weights of the model would not be held: after its step, w.copy_(constraint.project(w)) yourself"
@@ -388,7 +392,7 @@ class Projected(Optimizer):
         groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
         if any(KEY in s for s in of_param.values() if isinstance(s, dict)):
             # torch.distributed.checkpoint takes a state of all parameters or of none
-            of_param = {**{i: {} for i in _in_order(groups)}, **of_param}
+            of_param = {**{i: {} for i in _all_params(groups)}, **of_param}
         return {**state, "state": of_param, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -410,13 +414,13 @@ class Projected(Optimizer):
         (0.5, 4.0)
         """
         self._adopt_changes()
-        waiting = {p: r for p in _in_order(self.param_groups) if (r := self._radii.get(p)) is not None}
+        waiting = {p: r for p in _all_params(self.param_groups) if (r := self._radii.get(p)) is not None}
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):  # otherwise torch refuses
             plain, saved = saved, [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
             for i, (s, group, present) in enumerate(zip(plain, saved, self.param_groups, strict=True)):
-                if settings.moved(group, present):
-                    self._check({**group, "params": present["params"]}, settings.named(present, i))
+                if settings.changed_keys(group, present):
+                    self._check({**group, "params": present["params"]}, settings.named_params(present, i))
                 for k in group["params"]:
                     metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
                 if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights
@@ -428,7 +432,7 @@ class Projected(Optimizer):
         super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
         self._radii.replace(waiting)
         self._router.clear()
-        for index, p in zip(_in_order(saved), _in_order(self.param_groups), strict=True):
+        for index, p in zip(_all_params(saved), _all_params(self.param_groups), strict=True):
             if index in initial:
                 self.state[p][KEY] = initial[index].to(p.device, copy=True)
         self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
@@ -446,7 +450,7 @@ class Projected(Optimizer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not projected(self.inner):  # pickle finds a user's subclass by its name
             return super().__reduce_ex__(protocol)
-        return _blank, (self.inner,), self.__getstate__()
+        return _make_blank, (self.inner,), self.__getstate__()
 
 
 def projected(cls: type[Optimizer]) -> type[Projected]:
@@ -494,13 +498,13 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
     return _made[cls]
 
 
-def _blank(cls: type[Optimizer]) -> Projected:
+def _make_blank(cls: type[Optimizer]) -> Projected:
     """Return an empty projected optimizer, for unpickling."""
     made = projected(cls)
     return made.__new__(made)
 
 
-def _in_order(groups: Iterable[dict[str, Any]]) -> list[Any]:
+def _all_params(groups: Iterable[dict[str, Any]]) -> list[Any]:
     """Return the parameters of all groups in one list."""
     return [p for group in groups for p in group["params"]]
 
@@ -524,7 +528,7 @@ def _tensors(params: Any) -> list[Any]:
     return [t for p in params for t in _tensors(p)] if isinstance(params, list) else [params]
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
     """Return a question that names the known word nearest to `word`; an empty string if none is near."""
     near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
     return f": did you mean {near[0]!r}?" if near else ""
@@ -542,23 +546,23 @@ def _signature(cls: type[Projected]) -> inspect.Signature:
     return inspect.Signature(own)
 
 
-def _unhooked(step: Any) -> Any:
+def _unwrap_step(step: Any) -> Any:
     """Return a `step` without the wrapper that torch puts around it."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-def _then_projected(step: Any) -> Any:
+def _project_after(step: Any) -> Any:
     """Return a subclass's step with a projection after it, unless it calls `Projected.step` itself."""
 
     @functools.wraps(step)
     def stepped(self: Projected, *args: Any, **kwargs: Any) -> Any:
         self._adopt_changes()
         groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
-        versions = [p._version for p in _in_order(groups)]
+        versions = [p._version for p in _all_params(groups)]
         self._has_projected = None
         loss = step(self, *args, **kwargs)
         if not self._has_projected:
-            if [p._version for p in _in_order(groups)] != versions:
+            if [p._version for p in _all_params(groups)] != versions:
                 raise RuntimeError(
                     f"{type(self).__name__}.step did not call super().step(), so update=, gradient= and metric= had no "
                     "update to work on: call it, or put the step into a plain Optimizer class and use projected(…)"

@@ -153,7 +153,7 @@ def may_step(inner: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> boo
     return inner in STEPPED and any(group.get("fused") for group in groups)
 
 
-def project(work: Iterable[tuple[Job, Route]]) -> None:
+def run_projecting(work: Iterable[tuple[Job, Route]]) -> None:
     """Run the engines that only project; on a CPU skip them in a step that GradScaler skips."""
     for job, route in work:
         if not (route.engine.steps or is_skipped(job.skip)):
@@ -167,7 +167,7 @@ def is_skipped(skip: Tensor | None) -> bool:
     )
 
 
-def step(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer | None:
+def run_stepping(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer | None:
     """Run the engines that step, and return an optimizer for the other parameters.
 
     Args:
@@ -186,7 +186,7 @@ def step(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer |
     if len(stepped) == sum(len(group["params"]) for group in optimizer.param_groups):
         return None
     ids = set(map(id, stepped))
-    groups = [_without(optimizer, group, ids) for group in optimizer.param_groups]
+    groups = [_drop_params(optimizer, group, ids) for group in optimizer.param_groups]
     groups = [g for g in groups if any(p.grad is not None for p in g["params"])]
     if not groups:
         return None
@@ -195,7 +195,7 @@ def step(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer |
     return view
 
 
-def _without(optimizer: Optimizer, group: Mapping[str, Any], stepped: set[int]) -> dict[str, Any]:
+def _drop_params(optimizer: Optimizer, group: Mapping[str, Any], stepped: set[int]) -> dict[str, Any]:
     """Return a group without some parameters; torch's fused kernels step the rest only where they are sound."""
     kept = [j for j, p in enumerate(group["params"]) if id(p) not in stepped]
     params = [p for p in (group["params"][j] for j in kept) if p.grad is not None]
@@ -252,7 +252,7 @@ class Router:
     """Keep the routes of the last step, and make new ones if settings, tensors or memory have changed."""
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, _KnownRoutes] = {}
 
     def clear(self) -> None:
         """Forget all routes, because settings or parameters have changed."""
@@ -271,14 +271,14 @@ class Router:
         found = []
         for i, job in enumerate(jobs):
             known = self._known.get(i)
-            if known is None or not known.holds(job, may_step):
-                known = self._known[i] = _Known.of(job, may_step)
+            if known is None or not known.is_valid(job, may_step):
+                known = self._known[i] = _KnownRoutes.of(job, may_step)
             found += [(job, route) for route in known.routes]
         return found
 
 
 @dataclass(frozen=True)
-class _Known:
+class _KnownRoutes:
     """Hold the routes of a job, and what they depend on besides settings and memory.
 
     Attributes:
@@ -294,13 +294,13 @@ class _Known:
     forms: list[Any]
 
     @classmethod
-    def of(cls, job: Job, may_step: bool) -> _Known:
+    def of(cls, job: Job, may_step: bool) -> _KnownRoutes:
         routes = make_routes(job, may_step)
         taken = {id(p) for route in routes for p in route.params}
         others = [p for p in job.params if id(p) not in taken and (may_step or p.grad is None)]
         return cls(routes, (may_step, job.skip is None), others, form_of_gradients(job.gradients(others)))
 
-    def holds(self, job: Job, may_step: bool) -> bool:
+    def is_valid(self, job: Job, may_step: bool) -> bool:
         return (
             (may_step, job.skip is None) == self.situation
             and form_of_gradients(job.gradients(self.others)) == self.forms

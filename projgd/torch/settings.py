@@ -44,12 +44,12 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         TypeError: a constraint, an update or a `without_grad` that is not one.
         ValueError: both `c` and `constraint`, an `axis` beside `constraint`, or an unknown gradient or metric.
     """
-    given = {k: _made(own[k]) for k in KEYS if k in own}
+    given = {k: _read_config(own[k]) for k in KEYS if k in own}
     # A group of a projected optimizer has all keys already.
-    settings = given if len(given) == len(KEYS) else _merged(given, inherited)
+    settings = given if len(given) == len(KEYS) else _merge(given, inherited)
     settings["axis"] = axes.check(settings["axis"])
     if isinstance(settings["constraint"], Constraint):
-        _agree(settings, settings["constraint"])
+        _check_agreement(settings, settings["constraint"])
     constraint_of(settings)  # making the constraint in force checks c, axis and constraint
     if settings["update"] is not None and not isinstance(settings["update"], Update):
         raise TypeError(
@@ -65,7 +65,7 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
     return settings
 
 
-def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's own settings, with the constructor's for what it does not say."""
     if given.get("c") is not None and given.get("constraint") is not None:
         raise ValueError(f"pass c={given['c']} or constraint={given['constraint']}, not both")
@@ -110,20 +110,20 @@ class Snapshot:
         known = {k: (own or group)[k] for k in KEYS}
         return cls(group, known, list(map(id, group["params"])), constraint_of(known))
 
-    def has(self, params: list[torch.Tensor]) -> bool:
+    def has_params(self, params: list[torch.Tensor]) -> bool:
         """Return whether these are the parameters of the snapshot."""
         return list(map(id, params)) == self.params
 
-    def still(self, group: Mapping[str, Any]) -> bool:
+    def is_unchanged(self, group: Mapping[str, Any]) -> bool:
         """Return whether `group` is the group of the snapshot, and unchanged."""
         if torch.compiler.is_compiling():  # it watches the parameters itself, and follows c
             now = constraint_of(group)
-            same = self.group is group and not moved(group, self.settings, KEYS[1:])
-            return same and (is_usual(now) or now == self.constraint)
-        return self.group is group and not moved(group, self.settings) and self.has(group["params"])
+            same = self.group is group and not changed_keys(group, self.settings, KEYS[1:])
+            return same and (moves_freely(now) or now == self.constraint)
+        return self.group is group and not changed_keys(group, self.settings) and self.has_params(group["params"])
 
 
-def moved(group: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str] = KEYS) -> set[str]:
+def changed_keys(group: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str] = KEYS) -> set[str]:
     """Return the keys whose values in a group differ from `known`.
 
     Args:
@@ -137,7 +137,7 @@ def moved(group: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str
     same = map(operator.is_, map(group.get, keys), map(known.get, keys))
     if type(known["c"]) in (float, int, NoneType) and all(same):
         return set()  # this is quick, because nearly every step comes here
-    return {k for k in keys if not _same(group.get(k, ...), known[k])}
+    return {k for k in keys if not _is_same(group.get(k, ...), known[k])}
 
 
 def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: as `settle`; and changes that disagree.
     """
-    changed = {k: _made(group[k]) for k in moved(group, known)}
+    changed = {k: _read_config(group[k]) for k in changed_keys(group, known)}
     settings = {**known, **changed}
     constraint = settings["constraint"]
     if "constraint" in changed:
@@ -186,7 +186,7 @@ def refuse_lone_axis(own: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
         raise ValueError(f"axis={own['axis']!r} alone holds nothing: pass c= with it, such as c=4.0")
 
 
-def _agree(settings: dict[str, Any], constraint: Constraint) -> None:
+def _check_agreement(settings: dict[str, Any], constraint: Constraint) -> None:
     """Raise an error for a c or an axis that differs from the set's; fill in the set's c if none is given."""
     c, axis = _c_and_axis(constraint)
     if settings["c"] is None:
@@ -205,12 +205,12 @@ def _c_and_axis(constraint: Constraint | None) -> tuple[Any, Any]:
     return constraint.moving_c, "fan_in" if constraint.axis == "entries" else constraint.axis
 
 
-def _made(value: Any) -> Any:
+def _read_config(value: Any) -> Any:
     """Return a set or an update that a group holds as its `config`, from a copied checkpoint, as an object."""
     return from_config(dict(value)) if isinstance(value, Mapping) and "kind" in value else value
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_same(a: Any, b: Any) -> bool:
     """Return whether two values are equal for certain; an array may be written in place, so it never is."""
     plain = type(a) in (float, int) or not hasattr(a, "__array__")  # an array may be written in place
     return type(a) is type(b) and plain and bool(a == b)
@@ -293,13 +293,13 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             ranks.check_sharding(p, constraint, metric, name)
 
 
-def is_usual(constraint: Constraint | None) -> bool:
+def moves_freely(constraint: Constraint | None) -> bool:
     """Return whether a constraint has no c, or one far from the ends of every dtype, which needs no check."""
     c = None if constraint is None else constraint.moving_c
     return c is None or 2.0**-38 < c < 2.0**60
 
 
-def named(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:
+def named_params(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:
     """Return the parameters of a group by name.
 
     Args:

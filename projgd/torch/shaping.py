@@ -296,7 +296,7 @@ def _apply_over_ranks(spread: list[tuple[_Shaping, ranks.Part]]) -> None:
     for shaping, part in spread:
         u, w = _parts(shaping)
         found += [part.collect(x) for x in (w * w, u * u, u * w)]
-    sums = iter(ranks.share(found, spread[0][1]))
+    sums = iter(ranks.all_reduce(found, spread[0][1]))
     for shaping, part in spread:
         ww, uu, uw = next(sums), next(sums), next(sums)
         weight, factor = shaping.update.numbers(measures_of(ww, uu, uw, xp), shaping.lr, xp)
@@ -322,7 +322,7 @@ def _norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 def _cosine(u: Tensor, w: Tensor, size: Measures, axes: tuple[int, ...]) -> Tensor:
     """Return the cosine between u and w for every vector."""
-    if _can_look(u) and bool(((_is_usual(size.u) | (size.u == 0)) & (_is_usual(size.w) | (size.w == 0))).all()):
+    if _can_look(u) and bool(((_squares_fit(size.u) | (size.u == 0)) & (_squares_fit(size.w) | (size.w == 0))).all()):
         parts = [torch.sum(u_ * w_, dim=axes, keepdim=True) for u_, w_ in _in_cache(u, w)]
         both = size.u * size.w
         dot = torch.stack(parts).double().sum(0) if 0 in axes else torch.cat(parts)
@@ -331,7 +331,7 @@ def _cosine(u: Tensor, w: Tensor, size: Measures, axes: tuple[int, ...]) -> Tens
     return torch.sum(u * w, dim=axes, keepdim=True).to(size.u.dtype)
 
 
-def _is_usual(norms: Tensor) -> Tensor:
+def _squares_fit(norms: Tensor) -> Tensor:
     """Return whether no relevant square over- or underflows in float32."""
     return (norms > 1e-12) & (norms < 1e18)
 

@@ -7,7 +7,7 @@ a tile is shared: each of its tiles stores its sum of squares, and a second pass
 
 Sums are taken in float64. Squares of float32 numbers neither over- nor underflow there, and their sum is as good as
 exact in any order. So `_plus_square` may reorder them, which vectorises the loop. No flag assumes that NaN or infinity
-cannot occur, except in `_weigh` and `_sum_block`, which see finite numbers only.
+cannot occur, except in `_prepare_metric` and `_sum_block`, which see finite numbers only.
 
 Everything compiled is in this file, because numba's cache on disk checks the age of one file only.
 """
@@ -56,7 +56,7 @@ TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns
 PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of the table of addresses
 GUESS = 256  # the first guess at a multiplier reads this many entries of a vector
 STEPS = 30  # the iteration for a multiplier usually needs 2 or 3 steps
-LIGHTEST, HEAVIEST = (127 - 50) << 23, (127 + 50) << 23  # the bits of 2^-50 and 2^50, see `_weigh`
+LIGHTEST, HEAVIEST = (127 - 50) << 23, (127 + 50) << 23  # the bits of 2^-50 and 2^50, see `_prepare_metric`
 
 _exact = njit(error_model="numpy")
 _finite = njit(error_model="numpy", fastmath=True)
@@ -248,7 +248,7 @@ def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, goa
         False if the metric is out of range; x does not change then.
     """
     y, d = space[0, : x.size], space[1, : x.size]
-    if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal and _weigh(x, v, root, eps, goal, y, d)):
+    if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal and _prepare_metric(x, v, root, eps, goal, y, d)):
         return False
     multiplier = _find_multiplier(y, d, norm / goal)
     if multiplier < 0:
@@ -260,7 +260,7 @@ def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, goa
 
 
 @_exact
-def _weigh(x: Any, v: Any, root: float, eps: float, goal: float, y: Any, d: Any) -> Any:
+def _prepare_metric(x: Any, v: Any, root: float, eps: float, goal: float, y: Any, d: Any) -> Any:
     """Write y = x / goal and D = √v / root + ε; return whether no summed power of D over- or underflows."""
     factor, divisor, least = np.float32(1 / goal), np.float32(root), np.float32(eps)
     # The bits of positive floats are ordered like the floats, and those of NaN are the largest.

@@ -59,7 +59,7 @@ class Eager(Engine):
             return "an axis is cut in memory with gaps"
         if band.filled is not None:
             return "the vectors are so short that float16 must be rounded entry by entry"
-        if p.numel() and p.device.type == "cpu" and not _is_usual(band):
+        if p.numel() and p.device.type == "cpu" and not _squares_fit(band):
             return f"the squares of norms around {float(torch.as_tensor(band.down).max()):.0e} under- or overflow"
         return None if p.numel() else "the parameter has no entries"
 
@@ -237,7 +237,7 @@ def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
     return dataclasses.replace(bands[0], low=join("low"), high=join("high"), up=join("up"), down=join("down"))
 
 
-def _is_usual(band: Band) -> bool:
+def _squares_fit(band: Band) -> bool:
     """Return whether the squares of a band's numbers are far from both ends of float32."""
     used = [band.down] if isinstance(band.low, float) and band.low == 0.0 else [band.up, band.down]
     return all(bool(((n := torch.as_tensor(x)) > 2.0**-38).all() and (n < 2.0**60).all()) for x in used)

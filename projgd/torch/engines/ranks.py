@@ -147,7 +147,7 @@ class Part:
         return found.scatter_reduce_(0, self.row.expand(x.shape).reshape(-1), x.reshape(-1).double(), how)
 
 
-def share(found: Sequence[Tensor], part: Part, how: Literal["SUM", "MAX"] = "SUM") -> list[Tensor]:
+def all_reduce(found: Sequence[Tensor], part: Part, how: Literal["SUM", "MAX"] = "SUM") -> list[Tensor]:
     """Return the sums or maxima of arrays over all ranks, by one all-reduce."""
     from torch import distributed
 
@@ -175,7 +175,7 @@ def part_of(p: DTensor, axis: Axis, over_all: bool = False) -> Part:
         if all(a in axes for a in views):
             whole.append(dim)
             continue
-        index = _held(p, dim).to(local.device)
+        index = _local_indices(p, dim).to(local.device)
         for a in reversed(views):  # the last view of an axis in blocks varies fastest
             if a not in axes:
                 row = row + index % shape[a] * stride[a]
@@ -188,7 +188,7 @@ def norms_over_ranks(p: DTensor, axis: Axis) -> Tensor:
     """Return the norms of the vectors of a DTensor, in one dimension, by one all-reduce."""
     part = part_of(p, axis, over_all=True)
     local = part.local.double()
-    (squares,) = share([part.collect(local * local)], part)
+    (squares,) = all_reduce([part.collect(local * local)], part)
     return squares.sqrt()
 
 
@@ -201,7 +201,7 @@ def _project(parts: list[Part], job: Job) -> None:
     """
     divided = parts[0].local.dtype == torch.float64
     if divided:
-        largest = share([q.collect(q.local.abs(), "amax") for q in parts], parts[0], "MAX")
+        largest = all_reduce([q.collect(q.local.abs(), "amax") for q in parts], parts[0], "MAX")
     else:
         largest = [torch.ones(q.rows, dtype=torch.float64, device=q.local.device) for q in parts]
     scales = [torch.where(torch.isfinite(r) & (r > 0), r, 1.0)[q.row] for q, r in zip(parts, largest, strict=True)]
@@ -209,7 +209,7 @@ def _project(parts: list[Part], job: Job) -> None:
     def scaled(part: Part, scale: Tensor) -> Tensor:  # computed twice, because keeping all of them takes memory
         return part.local / scale if divided else part.local.double()
 
-    sums = share([q.collect(scaled(q, s).square_()) for q, s in zip(parts, scales, strict=True)], parts[0])
+    sums = all_reduce([q.collect(scaled(q, s).square_()) for q, s in zip(parts, scales, strict=True)], parts[0])
     ranks = math.prod(parts[0].p.device_mesh.size(i) for i in parts[0].over)
     for part, scale, r, total in zip(parts, scales, largest, sums, strict=True):
         z_norm = total.sqrt() * (1 + ranks * 2.0**-54)  # adding over the ranks may have rounded down by this much
@@ -259,7 +259,7 @@ def _views(p: Tensor, axis: Axis) -> list[tuple[int, ...]]:
     return [(d, d + 1) if d == cut else (d + (d > cut),) for d in range(p.ndim)]
 
 
-def _held(p: DTensor, dim: int) -> Tensor:
+def _local_indices(p: DTensor, dim: int) -> Tensor:
     """Return the indices along `dim` of the whole tensor that this rank holds, shaped to broadcast along `dim`."""
     shape = [1] * p.ndim
     shape[dim] = p.shape[dim]

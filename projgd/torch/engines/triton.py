@@ -149,7 +149,7 @@ class _Batch:
         numbers = (n for parts in zip(self.tensors, places, strict=True) for part in parts for n in part)
         tensors = self._table("tensors", places, lambda: _write([*numbers], device))
         gradients = self._table("gradients", grads, lambda: _write(grads, device))
-        programs = self._table("programs", None, lambda: _repeat([t[9] for t in self.tensors], device))
+        programs = self._table("programs", None, lambda: _program_tensors([t[9] for t in self.tensors], device))
         is_aligned = not any(a % 16 for numbers in (grads, *(t[:5] for t in self.tensors)) for a in numbers)
         if job.inner is not SGD:
             torch._foreach_add_([job.optimizer.state[p]["step"] for p in params], 1)
@@ -185,7 +185,7 @@ def _write(numbers: list[Any], device: torch.device, dtype: torch.dtype = torch.
     return table
 
 
-def _repeat(counts: list[int], device: torch.device) -> Tensor:
+def _program_tensors(counts: list[int], device: torch.device) -> Tensor:
     """Return 0, 1, 2, … on a device, each as often as `counts` says: the tensor of each program."""
     return torch.repeat_interleave(_write(counts, device), output_size=sum(counts))
 
