@@ -4,6 +4,7 @@ Each tensor holds vectors inside, at, just above and far above the bound, and hu
 that are spread over ranks go through the same cases in `test_ranks.py`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 import projgd.constraints
 from projgd import MaxNorm, MinMaxNorm, Sphere, Split, UnitNorm, sums
+from projgd.axes import Vectors
 from projgd.constraints import NormSet
 from projgd.torch import ProjectedAdam, ProjectedSGD
 from projgd.torch.engines import eager
 from projgd.torch.engines.base import Job
 from projgd.torch.routing import ENGINES, NAMES
-from tests.contract import NUMPY, TIGHT, at_the_threshold, exact_norms, judge_at_the_threshold, judge_norms
+from tests.contract import NUMPY, TIGHT, at_the_threshold, bits, exact_norms, judge_at_the_threshold, judge_norms
 from tests.torch.common import SHORT, columns, rows_of, tensor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # 0 · inf, which Triton then drops
@@ -276,6 +278,26 @@ def test_the_threshold_belongs_to_what_stays(way, data):
     assert engines(optimizer) == [way.engine]
     optimizer.step()
     judge_at_the_threshold(w, columns(p, MaxNorm(1.0).vectors(p)), c)
+
+
+@pytest.mark.parametrize("way", [name for name in AT_THE_THRESHOLD if "metric" not in WAYS[name].options])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_lower_threshold_belongs_to_what_stays_too(way, data):
+    w, _ = data.draw(at_the_threshold(AT_THE_THRESHOLD[way]))
+    threshold, kind = float(exact_norms(w)[0]), sums.FLOATS[w.dtype.name]
+    share = 1 + sums.guard(kind, Vectors(w.shape, (0,)))
+    near = threshold / share
+    low = next(x for x in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if x * share == threshold)
+    name, way = way, WAYS[way]
+    p = torch.tensor(w.astype(np.float64).T).to(way.device, getattr(torch, w.dtype.name)).contiguous()
+    p = torch.nn.Parameter(p)
+    p.grad = torch.zeros_like(p)
+    constraint = MinMaxNorm(low, 1e3 * low)
+    way.made([p], lr=0.1, constraint=constraint, **way.options, **FORCED[name]).step()
+    q = columns(p, constraint.vectors(p))
+    assert (bits(q)[:, :2] == bits(w)[:, :2]).all(), "a vector at the threshold moved"
+    judge_norms(w, q, low, 1e3 * low, q)
 
 
 @pytest.mark.parametrize("set_", ["MaxNorm", "MinMaxNorm", "UnitNorm"])
