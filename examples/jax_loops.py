@@ -16,8 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from projgd import MaxNorm
-from projgd.optax import apply_updates, maxnorm_projection, projection
-from projgd.optax.layouts import leaves
+from projgd.optax import apply_updates, find_leaves, maxnorm_projection, projection
 
 C = 0.5
 STEPS = 60
@@ -167,7 +166,7 @@ LOOPS: dict[str, Callable[[], tuple[Any, jax.Array]]] = {
 
 def largest_norm(params: Any) -> jax.Array:
     """Of any neuron in any layer."""
-    found = [leaf for leaf in leaves(params) if leaf is not None and leaf.fan_in]
+    found = [leaf for leaf in find_leaves(params) if leaf is not None and leaf.fan_in]
     return jnp.stack([jnp.linalg.norm(leaf.array, axis=leaf.fan_in).max() for leaf in found]).max()
 
 

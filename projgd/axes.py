@@ -1,9 +1,9 @@
-"""Which axes of a weight array make one neuron.
+"""Find the axes of a weight array that make one vector.
 
-An *axis* setting says over which axes a norm is taken (the meaning of NumPy and Keras, not `torch.renorm`'s):
+An *axis* setting says over which axes a norm is taken (the meaning of NumPy and Keras, not that of `torch.renorm`):
 
 * ``"fan_in"``: all the weights that enter one neuron;
-* ``"matrix"``: the whole array is one vector if it has two axes or more; a bias or a gain has none;
+* ``"matrix"``: the whole array is one vector if it has two axes or more; a bias or a gain has no vectors;
 * an int or a tuple of ints: those axes, negative ones counted from the end;
 * ``None``: the whole array is one vector;
 * ``"entries"``: every entry is on its own (the sets without vectors, such as `Box`);
@@ -21,19 +21,27 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Layout = Literal["out_first", "out_last"]
-"""Where a bare array has its neurons: PyTorch's (out, in, *kernel); (*kernel, in, out) in NumPy, Keras, Flax."""
+"""The layout of a bare array: (out, in, *kernel) in PyTorch; (*kernel, in, out) in NumPy, Keras and Flax."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cut axis `dim` into `parts` equal blocks, then reduce over `over`.
+    """Cut axis `dim` into `parts` equal blocks, then take norms over the axes `over`.
 
-    One axis becomes two, (parts, size / parts); `over` counts the axes of the array *after* the cut.
+    One axis becomes two, (parts, size / parts). `over` counts the axes of the array *after* the cut.
 
-    Example: the 4 heads of a (4 * 16, 64) projection, each head one vector.
+    Attributes:
+        dim: the axis to cut; a negative one counts from the end.
+        parts: the number of blocks; it has to divide the size of the axis.
+        over: the axes that make one vector, counted after the cut.
 
-    >>> Split(dim=0, parts=4, over=(1, 2))
-    Split(dim=0, parts=4, over=(1, 2))
+    The 4 heads of a (4 * 16, 64) projection, with each head as one vector:
+
+    >>> import numpy as np
+    >>> from projgd import MaxNorm
+    >>> heads = MaxNorm(1.0, axis=Split(dim=0, parts=4, over=(1, 2)))
+    >>> heads.violation(np.ones((4 * 16, 64))).shape
+    (4,)
     """
 
     dim: int
@@ -46,19 +54,38 @@ Axis = str | int | tuple[int, ...] | Split | None
 
 @dataclass(frozen=True)
 class Vectors:
-    """An array of `shape`, of which every slice along `axes` is one vector."""
+    """Describe an array of `shape`, in which every slice along `axes` is one vector.
+
+    Attributes:
+        shape: the shape to view the array in.
+        axes: the non-negative axes of that shape that make one vector, in ascending order.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
 
     @property
     def length(self) -> int:
-        """Entries in one vector."""
+        """Return the number of entries in one vector."""
         return math.prod([self.shape[a] for a in self.axes])
 
 
 def check(axis: Any) -> Axis:
-    """Return `axis` in its canonical form, or raise TypeError / ValueError for what can be no axis of any array."""
+    """Return an `axis` setting in its canonical form.
+
+    Args:
+        axis: what the user passed, or what a checkpoint holds.
+
+    Returns:
+        The setting, with a list as a tuple and a dict as a `Split`.
+
+    Raises:
+        TypeError: a value that is no axis of any array.
+        ValueError: an unknown word, or an empty tuple.
+
+    >>> check([0, 1])
+    (0, 1)
+    """
     if axis is None or isinstance(axis, Split):
         return axis
     if isinstance(axis, str):
@@ -80,16 +107,29 @@ def check(axis: Any) -> Axis:
 
 
 def _as_int(value: Any) -> int:
+    """Return a value as an int; raise TypeError for booleans and for what is not an integer."""
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)
 
 
 def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the array") -> Vectors | None:
-    """The vectors that `axis` means in an array of `shape`; None if it has no fan-in and is no matrix (0 or 1 axes).
+    """Return the vectors that `axis` means in an array of `shape`.
+
+    Args:
+        axis: a checked setting.
+        shape: the shape of the array.
+        layout: `"out_first"` for (out, in, *kernel), `"out_last"` for (*kernel, in, out).
+        name: the array's name, for errors; default `"the array"`.
+
+    Returns:
+        The `Vectors`; None for `"fan_in"` and `"matrix"` if the array has fewer than two axes.
 
     Raises:
-        ValueError: an axis that the array does not have, named by `name`.
+        ValueError: an axis that the array does not have.
+
+    >>> resolve("fan_in", (8, 3, 5, 5), "out_first")
+    Vectors(shape=(8, 3, 5, 5), axes=(1, 2, 3))
     """
     shape = tuple(shape)
     ndim = len(shape)
@@ -117,6 +157,7 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
 
 
 def _normalise(axes: tuple[int, ...], shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Return axes as sorted non-negative ones; raise ValueError if one is out of range or appears twice."""
     ndim = len(shape)
     for a in axes:
         if not -ndim <= a < ndim:

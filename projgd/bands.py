@@ -1,12 +1,12 @@
-"""A norm set is a band: which norms stay, and what the norm of every other vector becomes.
+"""Describe a set of norms as a band: which norms stay, and what the norm of every other vector becomes.
 
-The guards for rounding are in the numbers of the band. Let e be the relative error of a computed norm (`sums.guard`)
-and u the rounding of the stored dtype. For a ball of radius c a computed norm above T = c(1 - e) may be that of a
-vector outside, and such a vector is scaled to s = c(1 - 3e)/(1 + u):
+The numbers of the band allow for rounding. Let e be the relative error of a computed norm (`sums.guard`) and u the
+rounding of the stored dtype. For a ball of radius c, a vector whose computed norm is above T = c(1 - e) may be outside,
+so it is scaled to s = c(1 - 3e)/(1 + u):
 
 * what stays has a true norm of at most T(1 + e) <= c;
 * what is scaled has a true norm of at most s(1 + e)(1 + u) <= c(1 - 2e), and a computed norm of at most T, so that the
-  next projection leaves it alone;
+  next projection does not move it;
 * its true norm is at least s(1 - e)(1 - u) >= c(1 - 4e - 2u).
 
 A lower bound mirrors this. Every engine takes T and s from here, and computes norms with an error of at most e.
@@ -26,27 +26,28 @@ from projgd.axes import Vectors
 from projgd.sums import FLOATS, Array, FloatType, Scalar, guard, norm_error
 
 COARSE = 2.5e-4
-"""Where rounding to float16 near zero moves a norm by more than this share of c, rounding to nearest is not tight."""
+"""The share of c above which an error of rounding to float16 near zero makes rounding to nearest too loose."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Which norms stay, and what the other norms become.
+    """Describe which norms stay, and what the other norms become.
 
     A finite norm n > 0 becomes n where low <= n <= high, `up` where n < low, and `down` where n > high. With pull < 1
-    it goes only that share of the way. A zero vector has no direction and stays; NaN and infinity stay and show.
+    it moves only that share of the distance. A zero vector has no direction and stays. NaN and infinity stay.
+
+    Each number is a float, a 0-d array, or an array with one number per vector that broadcasts against the norms.
 
     Attributes:
         low: the smallest computed norm that stays.
         high: the largest computed norm that stays.
-        up: the norm that a shorter vector is scaled to, before it is rounded to its dtype.
-        down: the norm that a longer vector is scaled to, before it is rounded.
-        pull: the share of the way that a vector outside is moved; 1 for a projection.
-        filled, inner: None, but where entries are so coarse (subnormal float16) that `down` and rounding to nearest
-            hold the bound and miss it by per cents: the norm to scale to instead for `projections.fill`, and the norm
-            that this may reach.
-
-    Each number is a float, a 0-d array, or an array with one number per vector that broadcasts against the norms.
+        up: the norm that a shorter vector is scaled to, before rounding to its dtype.
+        down: the norm that a longer vector is scaled to, before rounding to its dtype.
+        pull: the share of the distance that a vector outside is moved; default 1, a projection.
+        filled: the norm that `projections.fill` scales to instead of `down`; default None. It is set where entries are
+            so coarse (subnormal float16) that scaling to `down` and rounding to nearest would miss the bound by per
+            cents.
+        inner: the norm that `projections.fill` may reach; default None.
     """
 
     low: Scalar
@@ -58,45 +59,66 @@ class Band:
     inner: Scalar | None = None
 
     def goal(self, norms: Array, xp: ModuleType, unit: Scalar = 1.0) -> Array:
-        """Return what norms become: a norm in the band itself, another one `up` or `down`.
+        """Return what norms become: a norm in the band stays, another one becomes `up` or `down`.
 
         Args:
-            norms: computed norms times `unit`; with a small unit nothing overflows.
-            xp: their array namespace.
-            unit: a power of two, or one for each norm.
+            norms: computed norms times `unit`; a small unit keeps them from overflowing.
+            xp: the array namespace of `norms`.
+            unit: a power of two, or one for each norm; default 1.
+
+        Returns:
+            The new norms, also times `unit`.
         """
-        goal = xp.where(norms <= self.high * unit, norms, self.down * unit)  # "not inside": a bound of NaN shows
+        goal = xp.where(norms <= self.high * unit, norms, self.down * unit)  # not `norms > high`: NaN bounds show
         if isinstance(self.low, float) and self.low == 0:
             return goal
         return xp.where(norms >= self.low * unit, goal, self.up * unit)
 
     def targets(self, size: Array, r: Array, xp: ModuleType) -> tuple[Array, Array, Array]:
-        """Return which vectors of norm size · r move, the norm that each gets, and which of them get shorter.
+        """Return which vectors of norm size · r move, the norm that each one gets, and which of them get shorter.
 
         Args:
-            size: norms of vectors that were divided by r.
+            size: the norms of the vectors after division by r.
             r: the largest magnitude in each vector.
-            xp: their array namespace.
+            xp: the array namespace of both.
+
+        Returns:
+            Three arrays with one entry per vector: booleans, norms, booleans.
         """
-        unit = xp.where(r > 1, xp.full_like(r, 2.0**-16), xp.ones_like(r))  # so that no norm over- or underflows
+        unit = xp.where(r > 1, xp.full_like(r, 2.0**-16), xp.ones_like(r))  # no norm over- or underflows then
         norms = size * (r * unit)
         goal = self.goal(norms, xp, unit)
         return xp.isfinite(norms) & (norms > 0) & (goal != norms), goal / unit, norms > goal
 
     def factors(self, norms: Array, xp: ModuleType) -> Array:
-        """Return what each vector is multiplied by, in the dtype of `norms`: exactly 1 where it stays.
+        """Return the factor of each vector, in the dtype of `norms`: exactly 1 where it stays.
+
+        Args:
+            norms: computed norms, one per vector.
+            xp: the array namespace of `norms`.
+
+        Returns:
+            The factors, an array of the shape of `norms`.
 
         >>> import numpy as np
         >>> Band(low=1.0, high=2.0, up=1.0, down=2.0).factors(np.asarray([0.5, 1.5, 8.0, 0.0]), np)
         array([2.  , 1.  , 0.25, 1.  ])
         """
         usable = (norms > 0) & (norms < math.inf)
-        # A division last: XLA moves what is cheaper into the product, where it is computed again for every entry.
+        # The division comes last, because XLA repeats cheaper operations for every entry of the product.
         factor = xp.where(usable, self.goal(norms, xp), 1.0) / xp.where(usable, norms, 1.0)
         return factor if self.pull == 1 else self.pull * factor + (1 - self.pull)
 
     def unless(self, skip: Array, xp: ModuleType) -> Band:
-        """Return this band, or where the 0-d array `skip` is positive the band in which every norm stays."""
+        """Return this band, or a band in which every norm stays where `skip` is positive.
+
+        Args:
+            skip: a 0-d array, such as GradScaler's count of gradients that are not finite.
+            xp: the array namespace of `skip`.
+
+        Returns:
+            A band whose `low` and `high` are arrays.
+        """
         low = xp.where(skip > 0, xp.zeros_like(skip), self.low)
         high = xp.where(skip > 0, xp.full_like(skip, math.inf), self.high)
         return dataclasses.replace(self, low=low, high=high)
@@ -107,8 +129,11 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
 
     Args:
         kind: the stored dtype.
-        vectors: for their length and the shape that sums are taken over.
+        vectors: the shape of the array, and the axes that make one vector.
         c: a number; or a 0-d array (traced, in JAX), where a value that is not positive makes the weights NaN.
+
+    Returns:
+        The band.
 
     Raises:
         ValueError: a number that is too small for the arithmetic.
@@ -122,7 +147,7 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
     else:
         xp: Any = array_namespace(c)
         c = xp.astype(c, getattr(xp, kind.compute))
-        c = xp.where(c >= least_radius(kind), c, xp.full_like(c, math.nan))  # never a silent no-op
+        c = xp.where(c >= least_radius(kind), c, xp.full_like(c, math.nan))  # a bound that cannot be held must show
         down = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
         down = xp.where(down < 0, xp.zeros_like(down), down)
         is_coarse = kind is FLOATS["float16"] and coarse > COARSE * 1e-3
@@ -133,9 +158,17 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
 def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool = False) -> Band:
     """Return the band of ‖w‖ = radius, to rounding.
 
-    The band is one that no rounding can leave, so that projecting again changes no bit. For vectors that a step has
-    just `moved` it is what rounding usually does, some ten times less, so that many steps stay where exact arithmetic
-    would take them.
+    The band is wide enough that no rounding leaves it, so that projecting again changes no bit. With `moved` it is only
+    as wide as rounding usually is, some ten times less, so that many steps stay where exact arithmetic would take them.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+        radius: a number, or an array with one number per vector.
+        moved: whether a step has just moved the vectors; default False.
+
+    Returns:
+        The band.
     """
     length, compute = math.sqrt(vectors.length), FLOATS[kind.compute].unit
     usual = 4 * compute + (kind.unit / length if kind.unit > compute else 0.0)
@@ -145,7 +178,23 @@ def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool =
 
 
 def interval_band(kind: FloatType, vectors: Vectors, low: float, high: float, pull: float = 1.0) -> Band:
-    """Return the band of low <= ‖w‖ <= high, with guards on both sides; where they would cross, that of a sphere."""
+    """Return the band of low <= ‖w‖ <= high.
+
+    Where the guards of both sides would cross, this is the band of the sphere between them.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+        low: the smallest norm, 0 or more.
+        high: the largest norm.
+        pull: the share of the distance that a vector outside is moved; default 1.
+
+    Returns:
+        The band.
+
+    Raises:
+        ValueError: a bound that is too small for the arithmetic.
+    """
     error, coarse = guard(kind, vectors), math.sqrt(vectors.length) * kind.tiny
     ball = ball_band(kind, vectors, high)
     if low == 0:

@@ -1,4 +1,4 @@
-"""Settings as plain JSON types and back: what sets and shapings share."""
+"""Turn settings into plain JSON types and back, for constraints and updates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Configured:
-    """A frozen dataclass that `from_config` can make again from its `config`."""
+    """Describe a frozen dataclass that `from_config` can make again from its `config`.
+
+    Attributes:
+        kinds: every subclass by its name.
+    """
 
     kinds: ClassVar[dict[str, type[Configured]]] = {}
 
@@ -18,7 +22,10 @@ class Configured:
         Configured.kinds[cls.__name__] = cls
 
     def config(self) -> dict[str, Any]:
-        """The settings in plain JSON types; `projgd.from_config` gives the object back.
+        """Return the settings in plain JSON types; `projgd.from_config` makes the object again.
+
+        Returns:
+            A dict with the class's name under `"kind"`, and one entry per hyperparameter.
 
         >>> from projgd import MaxNorm
         >>> MaxNorm(3.0).config()
@@ -29,7 +36,17 @@ class Configured:
 
 
 def from_config(config: dict[str, Any]) -> Any:
-    """The constraint, or the shaping of updates, that `config` described.
+    """Return the constraint or the update that `config` describes.
+
+    Args:
+        config: what `config()` returned, perhaps after a round trip through JSON.
+
+    Returns:
+        An object that equals the one whose `config()` was called.
+
+    Raises:
+        TypeError: a hyperparameter that the class does not have, or one of a wrong type.
+        ValueError: an unknown kind, or a hyperparameter out of range.
 
     >>> from_config({"kind": "MaxNorm", "c": 3.0, "axis": [0, 1]})
     MaxNorm(c=3.0, axis=(0, 1))
@@ -43,6 +60,7 @@ def from_config(config: dict[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value as a plain JSON type."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return list(value) if isinstance(value, tuple) else value

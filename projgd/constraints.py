@@ -1,7 +1,7 @@
-"""What can be asked of the weights: the sets, as frozen dataclasses.
+"""The sets that weights can be held in, as frozen dataclasses.
 
-To add a set of norms: a dataclass here that says its `band`. To add another set: a dataclass here, and one function in
-`projgd.projections`. Both fronts then have it, with every engine that suits it.
+A new set of norms is a dataclass here that returns its `band`. Any other set is a dataclass here and one function in
+`projgd.projections`. PyTorch and JAX then have the set, with every engine that suits it.
 """
 
 from __future__ import annotations
@@ -25,50 +25,106 @@ from projgd.sums import Array, FloatType, Scalar, float_type, norm
 
 @dataclass(frozen=True)
 class Constraint(Configured, ABC):
-    """A closed set for the weight vectors of a parameter, and the projection onto it."""
+    """Describe a closed set for the weight vectors of a parameter, and project onto it.
+
+    This is the base class of all sets. Make one of its subclasses, such as `MaxNorm`. A constraint is immutable
+    and compares by value.
+
+    Attributes:
+        axis: the axes that make one vector, see `projgd.axes`.
+        moving_c: the bound that may change during training; None for a set without one.
+        takes_initial: whether the set takes numbers from the initial weights.
+        fixes_norm: whether all vectors in the set have the same norm.
+
+    >>> import numpy as np
+    >>> w = np.asarray([[3.0, 0.3], [4.0, 0.4]])
+    >>> constraint: Constraint = MaxNorm(1.0)
+    >>> constraint.violation(w)
+    array([4., 0.])
+    >>> constraint.violation(constraint.project(w))
+    array([0., 0.])
+    """
 
     @property
     def axis(self) -> Axis:
-        """What makes one vector, see `projgd.axes`; `"entries"` for a set that bounds each entry on its own."""
+        """Return the axes that make one vector, see `projgd.axes`; `"entries"` for a set that bounds each entry."""
         return "entries"
 
     @property
     def moving_c(self) -> Scalar | None:
-        """The `c` that may move during training, as a param group's own key; None for a set without one."""
+        """Return the `c` that may move during training, as a param group's own key; None for a set without one."""
         return None
 
     @property
     def takes_initial(self) -> bool:
-        """Whether the set takes numbers from the initial weights, see `initial`."""
+        """Return whether the set takes numbers from the initial weights, see `initial`."""
         return False
 
     @property
     def fixes_norm(self) -> bool:
-        """Whether all vectors in the set have one norm, so that weight decay has nothing to do."""
+        """Return whether all vectors in the set have one norm, so that weight decay cannot change it."""
         return False
 
     @abstractmethod
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        """Project every vector of `x`, for a caller that has settled the layout.
+        """Project every vector of `x` along given axes; `project` finds the axes itself.
 
         Args:
-            x: the array.
+            x: an array of any shape and of a floating-point dtype.
             axes: the non-negative axes that make one vector.
-            xp: its array namespace, found from `x` if not given.
-            moved: whether a step has just moved the weights; they need not come back bit for bit then.
+            xp: the array namespace of `x`; default None, which looks it up.
+            moved: whether a step has just moved the weights; they then need not come back bit for bit. Default False.
+
+        Returns:
+            The projected array: same library, dtype, shape and device.
+
+        Raises:
+            ValueError: a bound that is too small for the dtype of `x`.
+
+        >>> import numpy as np
+        >>> MaxNorm(1.0).onto(np.asarray([[3.0, 4.0]]), axes=(1,)).round(3)
+        array([[0.6, 0.8]])
         """
 
     @abstractmethod
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
-        """Return the distance of every vector to the set, the reduced axes kept with size 1."""
+        """Return the Euclidean distance of every vector to the set; `violation` finds the axes itself.
+
+        Args:
+            x: an array of any shape and of a floating-point dtype.
+            axes: the non-negative axes that make one vector.
+            xp: the array namespace of `x`; default None, which looks it up.
+
+        Returns:
+            One number per vector: `x`'s shape with size 1 along `axes`. NaN or infinity in a vector shows in its
+                number.
+
+        Raises:
+            ValueError: a set that needs the initial weights, such as `Sphere("initial")` before `bind`.
+
+        >>> import numpy as np
+        >>> MaxNorm(1.0).outside(np.asarray([[3.0, 4.0]]), axes=(1,))
+        array([[4.]])
+        """
 
     def band(self, kind: FloatType, vectors: Vectors, moved: bool = False) -> Band | None:
-        """Return which norms stay and what the others become; None for a set that is not a set of norms.
+        """Return which norms stay and what every other norm becomes; None for a set that is not a set of norms.
 
         Args:
             kind: the stored dtype.
             vectors: the shape of the array, and the axes that make one vector.
-            moved: as in `onto`.
+            moved: whether a step has just moved the weights, as in `onto`; default False.
+
+        Returns:
+            The band, whose numbers allow for rounding to the dtype.
+
+        Raises:
+            ValueError: a bound that is too small for the dtype.
+
+        >>> from projgd.axes import Vectors
+        >>> from projgd.sums import FLOATS
+        >>> MaxNorm(1.0).band(FLOATS["float64"], Vectors((4, 3), (1,))).high <= 1.0
+        True
         """
         return None
 
@@ -80,38 +136,99 @@ class Constraint(Configured, ABC):
         xp: ModuleType | None = None,
         repeat: metrics.Repeat | None = None,
     ) -> Array:
-        """Project as `onto`, but nearest in the norm of a diagonal: argmin Σ D_i (q_i - x_i)².
+        """Project every vector of `x` to the nearest point in the norm of a diagonal: argmin Σ D_i (q_i - x_i)².
 
-        A set that is a product of intervals inherits this, because there every diagonal has the same nearest point.
+        A set that is a product of intervals inherits this method, because every diagonal has the same nearest point
+        there.
 
         Args:
-            metric: D, of the shape of `x`.
-            x, axes, xp: as in `onto`.
-            repeat: the loop to iterate with, see `projgd.metrics`.
+            metric: D, a non-negative array of the shape of `x`.
+            x: an array of any shape and of a floating-point dtype.
+            axes: the non-negative axes that make one vector.
+            xp: the array namespace of `x`; default None, which looks it up.
+            repeat: the loop that iterates, see `projgd.metrics`; default None, which runs a fixed number of steps.
+
+        Returns:
+            The projected array: same library, dtype, shape and device.
+
+        Raises:
+            ValueError: a bound that is too small for the dtype of `x`.
+
+        >>> import numpy as np
+        >>> x, d = np.asarray([[3.0, 4.0]]), np.asarray([[100.0, 1.0]])
+        >>> MaxNorm(1.0).onto_in(d, x, axes=(1,)).round(4)
+        array([[0.9998, 0.0199]])
         """
         return self.onto(x, axes, xp)
 
     def check_metric(self, metric: Any) -> None:
-        """Raise ValueError for a metric that is not known."""
+        """Raise an error for a metric that this set does not have.
+
+        Args:
+            metric: what the user passed as `metric=`.
+
+        Raises:
+            ValueError: a metric that is neither `"euclidean"` nor `"adaptive"`.
+
+        >>> MaxNorm(1.0).check_metric("adaptive")
+        """
         if metric not in metrics.NAMES:
             raise ValueError(f'metric={metric!r} is not known: pass "euclidean" or "adaptive"')
 
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
-        """Return what the set takes from the initial weights `x`, one number per vector; None if it takes nothing.
+        """Return what the set takes from the initial weights; None if it takes nothing.
 
-        A front asks once, keeps the numbers in the optimizer's state, and hands them to `bind` at every step.
+        The optimizer calls this once, keeps the numbers in its state, and passes them to `bind` at every step.
+
+        Args:
+            x: the initial weights.
+            axes: the non-negative axes that make one vector.
+            name: the parameter's name, for errors.
+            xp: the array namespace of `x`; default None, which looks it up.
+
+        Returns:
+            One number per vector, with size 1 along `axes`; or None.
+
+        Raises:
+            ValueError: a vector whose norm is zero or not finite.
+
+        >>> import numpy as np
+        >>> Sphere("initial").initial(np.asarray([[3.0, 4.0]]), (1,), "hidden")
+        array([[5.]])
         """
         return None
 
     def bind(self, initial: Array) -> Constraint:
-        """Return this set with the numbers that `initial` took."""
+        """Return this set with the numbers that `initial` returned.
+
+        Args:
+            initial: one number per vector, with size 1 along the axes of a vector.
+
+        Returns:
+            The set, for arrays with these vectors only.
+
+        Raises:
+            NotImplementedError: a set that takes nothing from the initial weights.
+
+        >>> import numpy as np
+        >>> bound = Sphere("initial").bind(np.asarray([[5.0]]))
+        >>> bound.onto(np.asarray([[0.6, 0.8]]), (1,))
+        array([[3., 4.]])
+        """
         raise NotImplementedError(f"{self} takes nothing from the initial weights")
 
     def replace(self, **changed: Any) -> Constraint:
         """Return this set with other hyperparameters.
 
+        Args:
+            **changed: hyperparameters by name, such as `c=2.0` or `axis=0`.
+
+        Returns:
+            A new constraint of the same class.
+
         Raises:
-            ValueError: a name that is none of its hyperparameters.
+            TypeError: a value that has no meaning for the hyperparameter.
+            ValueError: a name that the set does not have, or a value out of range.
 
         >>> MaxNorm(3.0).replace(axis=0)
         MaxNorm(c=3.0, axis=0)
@@ -125,10 +242,16 @@ class Constraint(Configured, ABC):
 
     @staticmethod
     def from_config(config: dict[str, Any]) -> Constraint:
-        """Return the constraint that `config` described.
+        """Return the constraint that `config` describes.
+
+        Args:
+            config: what `config()` returned, perhaps after a round trip through JSON.
+
+        Returns:
+            A constraint that equals the one whose `config()` was called.
 
         Raises:
-            TypeError: a config of something else, such as a shaping of updates.
+            TypeError: a config of something else, such as an update.
             ValueError: an unknown kind.
 
         >>> Constraint.from_config(MaxNorm(3.0).config())
@@ -140,10 +263,18 @@ class Constraint(Configured, ABC):
         return made
 
     def project(self, x: Array) -> Array:
-        """Return the Euclidean projection of `x`: same library, dtype, shape and device.
+        """Return the Euclidean projection of an array: the nearest point in the set, for every vector.
 
         A bare array is read in its library's own layout: (out, in, *kernel) for PyTorch, (*kernel, in, out) for NumPy
-        and JAX; `axis` overrides that. An array without a fan-in (fewer than two axes) comes back as it is.
+        and JAX. Set `axis` to override that. An array without a fan-in (fewer than two axes) comes back unchanged.
+
+        Args:
+            x: an array of NumPy, PyTorch or JAX, of any shape and of a floating-point dtype.
+
+        Returns:
+            The projected array: same library, dtype, shape and device. A vector inside comes back bit for bit, and so
+                does one
+            that holds NaN or infinity.
 
         Raises:
             TypeError: an integer, boolean or complex array.
@@ -162,7 +293,17 @@ class Constraint(Configured, ABC):
         return xp.reshape(self.onto(xp.reshape(x, vectors.shape), vectors.axes, xp), x.shape)
 
     def violation(self, x: Array) -> Array:
-        """Return how far each vector lies outside: 0 inside, NaN or inf where the vector holds one.
+        """Return the distance of each vector to the set: 0 inside, NaN or infinity where the vector holds one.
+
+        Args:
+            x: an array of NumPy, PyTorch or JAX, of any shape and of a floating-point dtype, read as in `project`.
+
+        Returns:
+            One number per vector: the shape of `x` without the axes of a vector. 0 for an array without a fan-in.
+
+        Raises:
+            TypeError: an integer, boolean or complex array.
+            ValueError: an axis that the array does not have.
 
         >>> import numpy as np
         >>> MaxNorm(4.0).violation(np.asarray([[3.0, 0.3], [4.0, 0.4]]))
@@ -177,22 +318,64 @@ class Constraint(Configured, ABC):
         return xp.squeeze(distance, axis=vectors.axes) if vectors.axes else distance
 
     def vectors(self, x: Array) -> Vectors | None:
-        """Return the vectors of a bare array, in its library's layout."""
+        """Return the vectors of a bare array, which is read in its library's layout.
+
+        Args:
+            x: an array of NumPy, PyTorch or JAX.
+
+        Returns:
+            The shape to view the array in and the axes of one vector; None if the array has no vectors to constrain.
+
+        Raises:
+            ValueError: an axis that the array does not have.
+
+        >>> import numpy as np
+        >>> MaxNorm(4.0).vectors(np.ones((3, 2)))
+        Vectors(shape=(3, 2), axes=(0,))
+        """
         layout: _axes.Layout = "out_first" if is_torch_array(x) else "out_last"
         return self.resolve(x.shape, layout)
 
     def resolve(self, shape: tuple[int, ...], layout: _axes.Layout, name: str = "the array") -> Vectors | None:
-        """Return the vectors of an array of `shape`; None where it has none to constrain."""
+        """Return the vectors of an array of a given shape.
+
+        Args:
+            shape: the shape of the array.
+            layout: `"out_first"` for (out, in, *kernel), `"out_last"` for (*kernel, in, out).
+            name: the array's name, for errors; default `"the array"`.
+
+        Returns:
+            The shape to view the array in and the axes of one vector; None if the array has no vectors to constrain.
+
+        Raises:
+            ValueError: an axis that the array does not have.
+
+        >>> MaxNorm(4.0).resolve((3, 2), "out_first")
+        Vectors(shape=(3, 2), axes=(1,))
+        """
         return _axes.resolve(self.axis, shape, layout, name)
 
 
 @dataclass(frozen=True)
 class NormSet(Constraint):
-    """A set that only the norm of a vector decides about. A subclass has an `axis`, says its `band` and its `edges`."""
+    """Describe a set that depends on the norm of a vector alone.
+
+    A subclass has an `axis`, and returns its `band` and its `edges`.
+    """
 
     @abstractmethod
     def edges(self) -> tuple[Scalar, Scalar]:
-        """Return the smallest and the largest norm in the set."""
+        """Return the smallest and the largest norm in the set.
+
+        Returns:
+            Two numbers, or two arrays with one number per vector.
+
+        Raises:
+            ValueError: a set that needs the initial weights, such as `Sphere("initial")` before `bind`.
+
+        >>> MinMaxNorm(1.0, 2.0).edges()
+        (1.0, 2.0)
+        """
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         band = self.band(float_type(x), Vectors(tuple(x.shape), axes), moved)
@@ -221,15 +404,15 @@ class NormSet(Constraint):
 
 @dataclass(frozen=True)
 class MaxNorm(NormSet):
-    """Every vector has a norm of at most `c`: w ← w · min(1, c / ‖w‖₂) (Srivastava et al., JMLR 2014, section 5.1).
+    """Hold the norm of every vector at most at `c`: w ← w · min(1, c / ‖w‖₂).
 
-    Args:
-        c: the bound, a positive number; 3 to 4 is usual. In JAX it may be a traced array: then a value that is not
-            positive cannot be refused, and makes the weights NaN.
-        axis: what makes one vector, see `projgd.axes`.
+    Attributes:
+        c: the bound, a positive number; 3 to 4 is usual. In JAX it may be a traced array: a value that is not positive
+            then cannot raise an error, and makes the weights NaN.
+        axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`, the weights that enter one neuron.
 
     Raises:
-        TypeError: a `c` that is no number, an `axis` that is none.
+        TypeError: a `c` that is not a number, or an `axis` that is not an axis.
         ValueError: a `c` that is not positive and finite.
 
     >>> import numpy as np
@@ -239,7 +422,8 @@ class MaxNorm(NormSet):
 
     References:
         N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to prevent
-        neural networks from overfitting*, JMLR 15, 2014, section 5.1.
+            neural
+        networks from overfitting*, JMLR 15, 2014, section 5.1.
     """
 
     c: Scalar
@@ -262,19 +446,19 @@ class MaxNorm(NormSet):
 
 @dataclass(frozen=True)
 class MinMaxNorm(NormSet):
-    """Every vector has a norm from `low` to `high`: w ← w · clip(‖w‖₂, low, high) / ‖w‖₂, as in Keras's `MinMaxNorm`.
+    """Hold the norm of every vector between `low` and `high`: w ← w · clip(‖w‖₂, low, high) / ‖w‖₂.
 
     A zero vector has no direction and stays zero.
 
-    Args:
+    Attributes:
         low: the smallest norm, 0 or more.
         high: the largest norm, positive, not below `low`.
-        rate: the share of the way that a vector outside is moved, from 0 to 1. Only 1 holds the bounds.
-        axis: what makes one vector, see `projgd.axes`.
+        rate: the share of the distance that a vector outside is moved, from 0 to 1; default 1. Only 1 holds the bounds.
+        axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`, the weights that enter one neuron.
 
     Raises:
-        TypeError: a bound or a rate that is no number, an `axis` that is none.
-        ValueError: low > high, a negative or NaN bound, a rate outside of [0, 1].
+        TypeError: a bound or a rate that is not a number, or an `axis` that is not an axis.
+        ValueError: low > high, a negative or NaN bound, or a rate outside of [0, 1].
 
     >>> import numpy as np
     >>> MinMaxNorm(1.0, 2.0).project(np.asarray([[3.0, 0.3], [4.0, 0.4]])).round(3)
@@ -282,7 +466,7 @@ class MinMaxNorm(NormSet):
            [1.6, 0.8]])
 
     References:
-        Keras 3, `keras.constraints.MinMaxNorm`.
+        F. Chollet and others, *Keras 3*, 2023, `keras.constraints.MinMaxNorm`.
     """
 
     low: float
@@ -310,15 +494,18 @@ class MinMaxNorm(NormSet):
 
 @dataclass(frozen=True)
 class Sphere(NormSet):
-    """Every vector has the norm `radius`: w ← w · radius / ‖w‖₂. A zero vector has no nearest point and stays zero.
+    """Hold the norm of every vector at `radius`: w ← w · radius / ‖w‖₂.
 
-    Args:
+    A zero vector has no nearest point on the sphere and stays zero.
+
+    Attributes:
         radius: a positive number; or `"initial"`, the norm that each vector has when the optimizer is made (in JAX: at
-            `init`). That is taken once and kept in the optimizer's state, so that it cannot drift.
-        axis: what makes one vector, see `projgd.axes`; None for the Frobenius norm of the whole array.
+            `init`). The optimizer takes it once and keeps it in its state, so that it cannot drift.
+        axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`, the weights that enter one neuron.
+            `"matrix"` or None takes the Frobenius norm of the whole array.
 
     Raises:
-        TypeError: a `radius` that is no number, an `axis` that is none.
+        TypeError: a `radius` that is not a number, or an `axis` that is not an axis.
         ValueError: a `radius` that is not positive and finite, or another word than `"initial"`.
 
     >>> import numpy as np
@@ -365,14 +552,24 @@ class Sphere(NormSet):
 
 @dataclass(frozen=True)
 class UnitNorm(Sphere):
-    """Every vector has norm 1: `Sphere(1.0)`. A zero vector has no nearest point there and stays zero.
+    """Hold the norm of every vector at 1: w ← w / ‖w‖₂. This is `Sphere(1.0)`.
 
-    Args:
-        axis: what makes one vector, see `projgd.axes`.
+    A zero vector has no nearest point on the sphere and stays zero.
+
+    Attributes:
+        radius: always 1.0; the constructor does not take it.
+        axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`, the weights that enter one neuron.
+
+    Raises:
+        TypeError: an `axis` that is not an axis.
+        ValueError: an unknown word as `axis`.
 
     >>> import numpy as np
     >>> UnitNorm(axis=1).project(np.asarray([[3.0, 4.0]]))
     array([[0.6, 0.8]])
+
+    References:
+        F. Chollet and others, *Keras 3*, 2023, `keras.constraints.UnitNorm`.
     """
 
     radius: Scalar = field(default=1.0, init=False, repr=False)
@@ -380,11 +577,17 @@ class UnitNorm(Sphere):
 
 @dataclass(frozen=True)
 class NonNegative(Constraint):
-    """Every entry is at least 0: w ← max(w, 0).
+    """Hold every entry at 0 or above: w ← max(w, 0).
+
+    Attributes:
+        axis: always `"entries"`: each entry is bounded on its own.
 
     >>> import numpy as np
     >>> NonNegative().project(np.asarray([[-1.0, 2.0]]))
     array([[0., 2.]])
+
+    References:
+        F. Chollet and others, *Keras 3*, 2023, `keras.constraints.NonNeg`.
     """
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
@@ -397,13 +600,22 @@ class NonNegative(Constraint):
 
 @dataclass(frozen=True)
 class Box(Constraint):
-    """Every entry lies from `low` to `high`: w ← min(max(w, low), high), the weight clipping of Wasserstein GANs.
+    """Hold every entry between `low` and `high`: w ← min(max(w, low), high).
 
-    (Arjovsky, Chintala, Bottou 2017, arXiv 1701.07875, algorithm 1.)
+    Attributes:
+        low: the smallest value of an entry, finite.
+        high: the largest value of an entry, finite and above `low`.
+        axis: always `"entries"`: each entry is bounded on its own.
+
+    Raises:
+        ValueError: bounds that are not finite, or a `low` that is not below `high`.
 
     >>> import numpy as np
     >>> Box(-0.5, 0.5).project(np.asarray([[1.0, 0.25]]))
     array([[0.5 , 0.25]])
+
+    References:
+        M. Arjovsky, S. Chintala, L. Bottou, *Wasserstein GAN*, 2017, arXiv 1701.07875, algorithm 1 (weight clipping).
     """
 
     low: float
@@ -425,13 +637,20 @@ class Box(Constraint):
 
 
 def number(name: str, value: Scalar) -> Scalar:
-    """Return `value` as a float if it can be read; a traced array as it is.
+    """Return `value` as a float, or unchanged if JAX traces it.
+
+    Args:
+        name: the hyperparameter's name, for errors.
+        value: a number, an array with one entry, or a traced array.
+
+    Returns:
+        A float, or the traced array.
 
     Raises:
-        TypeError: not a number, or several.
+        TypeError: a value that is not a number, or an array of several.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)  # torch.compile cannot ask a number that moves for a dtype
+        return float(value)  # torch.compile cannot read the dtype of a moving number
     shape = getattr(value, "shape", None)
     refusal = TypeError(f"{name}={value!r} is not a number: pass one such as {name}=1.0")
     if value is None or isinstance(value, (bool, str, bytes)) or _is_bool_array(value):
@@ -450,28 +669,48 @@ def number(name: str, value: Scalar) -> Scalar:
 
 
 def positive(name: str, value: Scalar) -> Scalar:
-    """Return `value` as a float if it can be read and is positive and finite; a traced array as it is.
+    """Return `value` as a positive, finite float, or unchanged if JAX traces it.
+
+    Args:
+        name: the hyperparameter's name, for errors.
+        value: a number, an array with one entry, or a traced array.
+
+    Returns:
+        A float, or the traced array.
 
     Raises:
-        TypeError: not a number.
-        ValueError: zero, negative, NaN or infinite.
+        TypeError: a value that is not a number.
+        ValueError: zero, a negative number, NaN or infinity.
     """
     read = number(name, value)
     if isinstance(read, float) and not 0 < read < math.inf:
-        raise ValueError(f"{name}={read} must be positive and finite, such as {name}=4.0; pass None for no bound")
+        or_none = "; pass None for no bound" if name == "c" else ""
+        raise ValueError(f"{name}={read} must be positive and finite, such as {name}=4.0{or_none}")
     return read
 
 
 def _is_bool_array(value: Any) -> bool:
+    """Return whether a value is an array of booleans."""
     return str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def norms_of(x: Array, axes: tuple[int, ...], name: str, why: str, xp: ModuleType | None = None) -> Array:
-    """The norm of every vector of `x`, all of them positive and finite. Traced in JAX, where none can be refused, such
-    a norm becomes NaN.
+    """Return the norm of every vector of `x`, after a check that each one is positive and finite.
+
+    Under JAX's tracing no value can raise an error; a norm that is not positive and finite becomes NaN there.
+
+    Args:
+        x: the array.
+        axes: the non-negative axes that make one vector.
+        name: the parameter's name, for the error.
+        why: the part of the error that says who needs the norms.
+        xp: the array namespace of `x`; default None, which looks it up.
+
+    Returns:
+        One number per vector, with size 1 along `axes`.
 
     Raises:
-        ValueError: `name` has a vector that is zero or not finite; `why` says who needs its norm.
+        ValueError: a vector of norm zero, or one that is not finite.
     """
     xp = xp or array_namespace(x)
     norms = norm(x, axes, xp)

@@ -1,16 +1,17 @@
-"""Projections in a diagonal metric: argmin over the set of Σ D_i (x_i - y_i)², for ball and sphere.
+"""Project in a diagonal metric: argmin over the set of Σ D_i (x_i - y_i)², for ball and sphere.
 
 An optimizer that steps by x - α D⁻¹ m (Adam and its relatives: D = √v̂ + ε) solves its constrained problem only if it
 projects in the norm of D (Duchi, Hazan & Singer, JMLR 2011, section 1; Reddi, Kale & Kumar, ICLR 2018, algorithm 2).
-A set that is a product of intervals needs nothing new: the metric changes nothing in a problem that separates.
+A set that is a product of intervals needs no code here: its nearest point is the same in every diagonal metric.
 
-On the sphere of radius c, stationarity D(x - y) + λx = 0 gives x_i = D_i y_i / (D_i + λ), and λ is the root of the
-secular equation ‖x(λ)‖ = c on (-min D, ∞), where ‖x(λ)‖ falls. As in trust-region methods (Conn, Gould & Toint 2000,
-section 7.3), 1/‖x(λ)‖ is concave there: Newton's iteration on it, begun left of the root, climbs to it without ever
-stepping over. In units where c = 1, max D|y| = 1 and min D is subtracted (b_i and ν below), ν = λ + min D, the root
-lies between max(|u_i| - b_i) and ‖u‖: each |x_i| ≤ ‖x‖ = 1, and ‖x‖ ≤ ‖u‖ / ν.
+On the sphere of radius c, stationarity D(x - y) + λx = 0 gives x_i = D_i y_i / (D_i + λ). The multiplier λ is the root
+of the secular equation ‖x(λ)‖ = c on (-min D, ∞), where ‖x(λ)‖ falls. As in trust-region methods (Conn, Gould & Toint
+2000, section 7.3), 1/‖x(λ)‖ is concave there: Newton's iteration on it, begun left of the root, climbs to it without
+ever stepping over. The code works in units where c = 1 and max D|y| = 1, and subtracts min D from D (b_i and
+ν = λ + min D below). There the root lies between max(|u_i| - b_i) and ‖u‖, because each |x_i| ≤ ‖x‖ = 1 and
+‖x‖ ≤ ‖u‖ / ν.
 
-The result is rounded and guarded by the Euclidean projection, so the set's contract is the same in every metric.
+The Euclidean projection then rounds and guards the result, so the set's contract is the same in every metric.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from projgd.projections import fill
 from projgd.sums import FLOATS, Array, float_type, norm_error, root, scale, tree_sum
 
 NAMES = ("euclidean", "adaptive")
-"""What `metric=` may be in both fronts: the plain norm, or the inner optimizer's own diagonal."""
+"""The values of `metric=`: the plain norm, or the inner optimizer's own diagonal."""
 
 STEPS = 30
-"""Newton steps at most; 3 to 5 are usual."""
+"""The most Newton steps that are taken; 3 to 5 are usual."""
 
 Repeat = Callable[[Callable[[Array], tuple[Array, Array]], Array], Array]
 """Runs `body(ν) -> (ν, done)` up to `STEPS` times from a given ν; it may stop when `done`."""
 
 WIDEST = {"float32": 2.0**-100, "float64": 2.0**-900}
-"""Smallest D in a vector, relative to its largest; less is taken as this (a D of 0 has no metric of its own)."""
+"""The smallest D in a vector relative to its largest; a smaller D is replaced, because D = 0 is not a metric."""
 
 FARTHEST = {"float32": 2.0**26, "float64": 2.0**54}
-"""Largest radius relative to the vector's entries: beyond, the result moves by less than rounding."""
+"""The largest radius relative to the vector's entries; a larger one moves the result by less than rounding."""
 
 
 def project_band(
@@ -53,23 +54,29 @@ def project_band(
 ) -> Array:
     """Move every vector outside of the band to the nearest point of its new norm: argmin Σ D_i (q_i - x_i)².
 
-    The nearest point is not unique where all entries with the smallest D are 0 and the rest falls short of the norm;
-    then these entries share what is missing, with a positive sign. A zero vector stays zero.
+    The nearest point is not unique where all entries with the smallest D are 0 and the rest is too short for the norm.
+    These entries then share the missing length equally, with a positive sign. A zero vector stays zero.
 
     Args:
-        x: the array; vectors along `axes`.
-        metric: D, the shape of `x`, non-negative. Its scale per vector does not matter. A vector in which D has a NaN
-            or a negative entry, or is 0 throughout, is projected in the Euclidean metric.
-        band: which norms stay, and what the others become.
-        axes: non-negative axes that make one vector.
-        xp: the array namespace, found from `x` if not given.
-        repeat: the loop to iterate with; by default `STEPS` steps, which traces and never synchronises.
+        x: an array of any shape and of a floating-point dtype.
+        metric: D, non-negative, of the shape of `x`. Its scale per vector does not matter. A vector in which D has a
+            NaN or a negative entry, or is 0 throughout, is projected in the Euclidean metric.
+        band: the band for the dtype and the vectors of `x`.
+        axes: the non-negative axes that make one vector.
+        xp: the array namespace of `x`; default None, which looks it up.
+        repeat: the loop that iterates; default None, which runs `STEPS` steps, can be traced and never synchronises.
+
+    Returns:
+        The projected array: same library, dtype, shape and device.
 
     >>> import numpy as np
     >>> y, d = np.asarray([[3.0], [4.0]]), np.asarray([[100.0], [1.0]])
     >>> project_band(y, d, Band(0.0, 1.0, 0.0, 1.0), (0,)).round(4)  # Euclidean: 0.6, 0.8
     array([[0.9998],
            [0.0199]])
+
+    References:
+        A. R. Conn, N. I. M. Gould, P. L. Toint, *Trust-region methods*, SIAM 2000, section 7.3.
     """
     xp = xp or array_namespace(x)
     if 0 in x.shape:
@@ -88,7 +95,15 @@ def project_band(
 
 @dataclass(frozen=True)
 class _Points:
-    """The points y = z · r, their new norms, which of them move, and which of these are longer than their new norm."""
+    """Hold the points y = z · r, and what they become.
+
+    Attributes:
+        z: the points divided by r.
+        r: the largest magnitude in each.
+        goal: their new norms.
+        moves: which of them move.
+        longer: which of them are longer than their new norm.
+    """
 
     z: Array
     r: Array
@@ -99,17 +114,25 @@ class _Points:
 
 @dataclass(frozen=True)
 class _Equation:
-    """The secular equation ‖u / (b + ν)‖ = 1 of every vector, and the interval that its root lies in."""
+    """Hold the secular equation ‖u / (b + ν)‖ = 1 of every vector.
+
+    Attributes:
+        u: D y in units where its largest entry is 1.
+        b: D - min D in these units.
+        low: the lower end of the interval that the root lies in.
+        high: the upper end.
+        heaviest: the largest b.
+    """
 
     u: Array
     b: Array
     low: Array
     high: Array
-    heaviest: Array  # the largest b
+    heaviest: Array
 
 
 def _equation(points: _Points, metric: Array, axes: tuple[int, ...], xp: ModuleType) -> _Equation:
-    """Scale throughout so that nothing overflows: the new norm, max D|y| and max D become 1."""
+    """Return the equations, scaled so that nothing overflows: the new norm and max D|y| become 1."""
     compute = str(points.z.dtype).removeprefix("torch.")
     unit, tiny, moves = FLOATS[compute].unit, FLOATS[compute].tiny, points.moves
     one = xp.ones_like(points.z)
@@ -148,7 +171,7 @@ def _solve(equation: _Equation, axes: tuple[int, ...], xp: ModuleType, repeat: R
 
     h = u / (b + repeat(newton, equation.low))
     missing = 1 - tree_sum(h * h, axes, xp)
-    free = b == 0  # the smallest D: where these are 0 in y, no λ > -min D reaches the norm
+    free = b == 0  # entries of the smallest D; where they are 0 in y, no λ > -min D reaches the norm
     count = xp.sum(xp.astype(free, h.dtype), axis=axes, keepdims=True)
     shared = xp.sqrt(h * h + xp.where(missing > 0, missing, xp.zeros_like(missing)) / count)
     shared = xp.where(h < 0, -shared, shared)
@@ -156,7 +179,7 @@ def _solve(equation: _Equation, axes: tuple[int, ...], xp: ModuleType, repeat: R
 
 
 def _relative(metric: Array, compute: str, axes: tuple[int, ...], xp: ModuleType) -> Array:
-    """D over its largest entry in each vector, at least `WIDEST`; 1 where the vector's D is not a metric."""
+    """Return D over its largest entry in each vector, at least `WIDEST`; 1 where the vector's D is not a metric."""
     kind = FLOATS[float_type(metric, "the metric").compute]
     d = xp.astype(metric, getattr(xp, kind.compute), copy=False)
     valid = xp.all(d >= 0, axis=axes, keepdims=True)
@@ -169,6 +192,7 @@ def _relative(metric: Array, compute: str, axes: tuple[int, ...], xp: ModuleType
 
 
 def _all_steps(body: Callable[[Array], tuple[Array, Array]], start: Array) -> Array:
+    """Run all `STEPS` steps."""
     nu = start
     for _ in range(STEPS):
         nu, _ = body(nu)

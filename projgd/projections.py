@@ -1,4 +1,4 @@
-"""The mathematics: Euclidean projections, written once on the Python array API.
+"""Project arrays in the Euclidean metric, with code written once on the Python array API.
 
 Every function takes an array of NumPy, PyTorch or JAX and returns an array of the same library, dtype, shape and
 device. These functions are the reference: every engine is tested against them.
@@ -19,25 +19,33 @@ from projgd.sums import Array, float_type, root, running_sum, scale, tree_sum
 def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
     """Scale every vector whose norm is outside of the band to the norm that the band gives it.
 
-    For a ball of radius c that is the nearest point: x · min(1, c / ‖x‖) (Srivastava et al., JMLR 2014, section 5.1).
-    Vectors inside come back bit for bit, zero vectors and vectors with NaN or infinity too.
+    For a ball of radius c that is the nearest point: x · min(1, c / ‖x‖).
 
     Args:
-        x: the array.
-        band: made for the dtype of `x` and for its vectors.
-        axes: non-negative axes that make one vector.
-        xp: the array namespace, found from `x` if not given.
+        x: an array of any shape and of a floating-point dtype.
+        band: the band for the dtype and the vectors of `x`.
+        axes: the non-negative axes that make one vector.
+        xp: the array namespace of `x`; default None, which looks it up.
+
+    Returns:
+        The projected array. Vectors inside come back bit for bit, and so do zero vectors and vectors with NaN or
+        infinity.
 
     >>> import numpy as np
     >>> from projgd.bands import Band
     >>> project_band(np.asarray([[3.0, 0.3], [4.0, 0.4]]), Band(0.0, 1.0, 0.0, 1.0), (0,)).round(3)
     array([[0.6, 0.3],
            [0.8, 0.4]])
+
+    References:
+        N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to prevent
+            neural
+        networks from overfitting*, JMLR 15, 2014, section 5.1.
     """
     xp = xp or array_namespace(x)
     if 0 in x.shape:
         return x
-    z, r = scale(x, axes, xp)  # z = x / r has no entry above 1, so that nothing over- or underflows
+    z, r = scale(x, axes, xp)  # z = x / r has no entry above 1, so its squares do not overflow
     z_norm = root(tree_sum(z * z, axes, xp), xp)
     moves, goal, shorter = band.targets(z_norm, r, xp)
     length = xp.where(moves, z_norm, xp.ones_like(z_norm))
@@ -51,7 +59,14 @@ def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | N
 
 
 def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
-    """Nearest point without negative entries: max(x, 0). NaN stays NaN.
+    """Return the nearest array without negative entries: max(x, 0). NaN stays NaN.
+
+    Args:
+        x: an array of any shape and of a floating-point dtype.
+        xp: the array namespace of `x`; default None, which looks it up.
+
+    Returns:
+        The projected array.
 
     >>> import numpy as np
     >>> project_nonnegative(np.asarray([-1.0, 2.0]))
@@ -62,9 +77,18 @@ def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
 
 
 def project_box(x: Array, low: float, high: float, xp: ModuleType | None = None) -> Array:
-    """Nearest point with every entry from `low` to `high`. NaN stays NaN.
+    """Return the nearest array with every entry from `low` to `high`. NaN stays NaN.
 
     Each bound is first moved inward by a unit of the dtype, so that rounding to it cannot end outside.
+
+    Args:
+        x: an array of any shape and of a floating-point dtype.
+        low: the smallest value of an entry.
+        high: the largest value of an entry.
+        xp: the array namespace of `x`; default None, which looks it up.
+
+    Returns:
+        The projected array.
 
     >>> import numpy as np
     >>> project_box(np.asarray([-3.0, 0.5, 2.0]), -1.0, 1.0)
@@ -80,14 +104,17 @@ def project_box(x: Array, low: float, high: float, xp: ModuleType | None = None)
 def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:
     """Round y to float16 towards zero, then give entries one subnormal step more, in order, while the norm allows it.
 
-    Where most entries are subnormal their spacing is coarse against the ball (c = 1e-3 over a million entries is 17
-    steps each): rounding them all alike would miss the bound by per cents.
+    Where most entries are subnormal, the spacing of float16 is coarse against the ball: with c = 1e-3 over a million
+    entries it is 1/17 of an entry. Rounding all entries to nearest would miss the bound by per cents.
 
     Args:
-        y: vectors in float32, each of norm 1; they are scaled to `band.filled` first.
-        band: its `inner` is what the norm after the steps may reach.
-        axes: non-negative axes that make one vector.
+        y: vectors in float32, each of norm 1; they are first scaled to `band.filled`.
+        band: a band whose `filled` and `inner` are set.
+        axes: the non-negative axes that make one vector.
         dtype: float16 of the array's library.
+
+    Returns:
+        The rounded vectors, of the given dtype.
     """
     xp: Any = array_namespace(y)
     most, inner = band.filled, band.inner
@@ -104,7 +131,7 @@ def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:
     gain = xp.where(coarse, (2 * low + step) * step, xp.zeros_like(low))
     left = inner * inner - tree_sum(low * low, (1,), xp)
     more = low + xp.where(coarse & (running_sum(gain, xp) <= left), step, 0.0)
-    # `inner` allows for the rounding of the running sum, 2^-12 for a million entries; keep what is proven.
+    # The running sum rounds by up to 2^-12 for a million entries, so the norm is checked once more.
     fits = root(tree_sum(more * more, (1,), xp), xp) <= most
     q = xp.astype(xp.where(y < 0, -1.0, 1.0) * xp.where(fits, more, low), dtype)
     q = xp.reshape(q, tuple(shape[a] for a in (*rest, *axes)))

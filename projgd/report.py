@@ -1,6 +1,6 @@
-"""How close to the bound: a table and a plot of where the weights stand.
+"""Show how close weights are to their bound, as a table and as a plot.
 
-Norms are measured on the stored values in float64 (NumPy's), whatever the weights' library and dtype.
+Norms are measured on the stored values in NumPy's float64, for every library and dtype.
 """
 
 from __future__ import annotations
@@ -21,30 +21,53 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CLOSE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-"""Relative distance at which a vector counts as on the bound: where a projection may land, by stored dtype."""
+"""The relative distance within which a vector counts as on the bound, by stored dtype: a projection is that tight."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter under one constraint."""
+    """Hold the measures of one parameter under one constraint.
+
+    Attributes:
+        name: the parameter's name.
+        constraint: the constraint.
+        norms: the norms of its vectors, in one dimension.
+        on_bound: how many vectors are on the bound: one relative `CLOSE` outwards takes them out of the set.
+        violations: how many finite vectors are outside.
+        worst: the largest distance of these vectors to the set.
+        nonfinite: how many vectors hold NaN or infinity.
+
+    >>> import numpy as np
+    >>> from projgd import MaxNorm
+    >>> report({"hidden": np.asarray([[3.0, 0.3], [4.0, 0.4]])}, MaxNorm(5.0)).rows[0].on_bound
+    1
+    """
 
     name: str
     constraint: Constraint
-    norms: NDArray[np.float64]  # one number per vector
-    on_bound: int  # vectors that a step outwards by a relative `CLOSE` takes out of the set
-    violations: int  # finite vectors outside
-    worst: float  # the largest distance to the set among them
-    nonfinite: int  # vectors that hold NaN or infinity
+    norms: NDArray[np.float64]
+    on_bound: int
+    violations: int
+    worst: float
+    nonfinite: int
 
     @property
     def largest(self) -> float:
-        """Largest norm; NaN or infinity where a vector holds one."""
+        """Return the largest norm; NaN or infinity where a vector holds one."""
         return float(self.norms.max(initial=0.0))
 
 
 @dataclass(frozen=True)
 class Report:
-    """One row per constrained parameter; `str` gives the table.
+    """Hold the measures of every constrained parameter; `str` makes the table.
+
+    Attributes:
+        rows: one `Row` per constrained parameter.
+        vectors: how many vectors there are.
+        largest: the largest norm.
+        on_bound: the share of vectors on the bound, from 0 to 1.
+        violations: how many finite vectors are outside.
+        nonfinite: how many vectors hold NaN or infinity.
 
     >>> import numpy as np
     >>> from projgd import MaxNorm
@@ -57,26 +80,29 @@ class Report:
 
     @property
     def vectors(self) -> int:
+        """Return how many vectors there are."""
         return sum(row.norms.size for row in self.rows)
 
     @property
     def largest(self) -> float:
-        """Largest norm of all; NaN or infinity where a vector holds one."""
+        """Return the largest norm of all; NaN or infinity where a vector holds one."""
         import numpy as np
 
         return float(np.max([row.largest for row in self.rows], initial=0.0))
 
     @property
     def on_bound(self) -> float:
-        """Share of all vectors that are on the bound, 0 to 1."""
+        """Return the share of all vectors that are on the bound, from 0 to 1."""
         return sum(row.on_bound for row in self.rows) / max(self.vectors, 1)
 
     @property
     def violations(self) -> int:
+        """Return how many finite vectors are outside."""
         return sum(row.violations for row in self.rows)
 
     @property
     def nonfinite(self) -> int:
+        """Return how many vectors hold NaN or infinity."""
         return sum(row.nonfinite for row in self.rows)
 
     def __str__(self) -> str:
@@ -100,10 +126,20 @@ class Report:
         return "\n".join("  ".join(line) for line in cells)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the spread of norms, one line per parameter, and the bound; returns the matplotlib axes.
+        """Draw the spread of the norms, one line per parameter, and the bound.
 
-        A grey line runs from the smallest to the largest norm, a thick one over the middle 80 %; a parameter with a
-        vector outside is red, one with NaN or infinity says so. Needs matplotlib (`projgd[plot]`).
+        A grey line runs from the smallest to the largest norm, and a thick one over the middle 80 %. The thick line is
+        red if a vector is outside or not finite. A note says how many vectors are not finite. This needs matplotlib
+        (`projgd[plot]`).
+
+        Args:
+            ax: the matplotlib axes to draw into; default None, which makes a new figure.
+
+        Returns:
+            The matplotlib axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
         """
         import matplotlib.pyplot as plt
         import numpy as np
@@ -134,12 +170,21 @@ def report(params: Any, constraint: Constraint | rules.Rules) -> Report:
     Args:
         params: a PyTorch module, or a (nested) mapping or sequence of NumPy, PyTorch or JAX arrays. Names are those of
             `named_parameters()`, or the keys joined by "/".
-        constraint: what the arrays should keep to. Each is read in its library's layout, see `projgd.axes`. Parameters
-            without such vectors (a bias under a fan-in constraint) are left out.
+        constraint: one constraint for all arrays, or rules over their names. Each array is read in its library's
+            layout, see `projgd.axes`. The report omits parameters without such vectors (a bias under a fan-in
+            constraint).
+
+    Returns:
+        A `Report` with one row per constrained parameter.
 
     Raises:
-        TypeError: an array of integers or of something else that cannot be measured.
+        TypeError: an array of integers, or an object that is not an array.
         ValueError: an axis that an array does not have, or a rule that matches no name.
+
+    >>> import numpy as np
+    >>> from projgd import MaxNorm
+    >>> report({"hidden": np.asarray([[3.0, 0.3], [4.0, 0.4]])}, MaxNorm(4.0)).violations
+    1
     """
     named = dict(params.named_parameters() if hasattr(params, "named_parameters") else _named(params))
     chosen = rules.assign({"*": constraint} if isinstance(constraint, Constraint) else constraint, named)
@@ -148,7 +193,22 @@ def report(params: Any, constraint: Constraint | rules.Rules) -> Report:
 
 
 def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None = None) -> Row | None:
-    """The row of one array; None where it has no vectors. Fronts that know the layer pass its `vectors`."""
+    """Return the row of one array; None if the array has no vectors.
+
+    Args:
+        name: the parameter's name.
+        x: an array of NumPy, PyTorch or JAX.
+        constraint: the constraint of the array.
+        vectors: the vectors of the array, from a caller that knows the layer; default None, which reads the array in
+            its library's layout.
+
+    Returns:
+        The `Row`, or None.
+
+    Raises:
+        TypeError: an array of integers, or an object that is not an array.
+        ValueError: an axis that the array does not have.
+    """
     import numpy as np
 
     float_type(x, name)
@@ -163,7 +223,7 @@ def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None
         finite = np.isfinite(norms)
         distance = constraint.outside(exact, vectors.axes)
         edge = finite & (constraint.outside(exact * (1 + near), vectors.axes) > 0)
-    # Some sets cannot be met exactly in floating point (a unit norm): outside is what the projection would still move.
+    # No float has a norm of exactly 1 in general, so a vector counts as outside only if the projection would move it.
     moved = _float64(constraint.onto(stored, vectors.axes)) != exact
     outside = finite & (distance > 0) & np.any(moved, axis=vectors.axes, keepdims=True)
     return Row(
@@ -178,13 +238,14 @@ def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None
 
 
 def _float64(x: Array) -> NDArray[np.float64]:
+    """Return an array's stored values as NumPy's float64."""
     import numpy as np
 
     return np.asarray(x.cpu().double() if is_torch_array(x) else x, dtype=np.float64)
 
 
 def _named(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Array]]:
-    """Leaves of nested mappings and sequences with their keys joined by "/"; None leaves are skipped."""
+    """Yield the leaves of nested mappings and sequences with their keys joined by "/"; skip None."""
     if isinstance(params, Mapping):
         for key, value in params.items():
             yield from _named(value, (*path, str(key)))

@@ -1,4 +1,4 @@
-"""Which parameters: glob patterns over full names, one type of rules for both frameworks."""
+"""Assign settings to parameters by glob patterns over their full names."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ Rules = Mapping[str, Constraint | None]
 
 
 def assign(rules: Rules, names: Iterable[str]) -> dict[str, Constraint | None]:
-    """The constraint of every name. `*` matches any run of characters, dots and slashes included.
+    """Return the constraint of every name, from the first pattern that matches it.
+
+    Args:
+        rules: constraints, or None for free parameters, by pattern. `*` matches any run of characters, dots and slashes
+            included.
+        names: the full names of the parameters.
+
+    Returns:
+        The constraint of every name; None for a name that no pattern matches.
 
     Raises:
         TypeError: a value that is neither a constraint nor None.
-        ValueError: no rules at all; a pattern that matches no name (it lists the nearest ones), or only names that
-            rules before it take.
+        ValueError: no rules; a pattern that matches no name (the error lists the nearest ones), or only names that
+            earlier patterns match.
 
     >>> from projgd import MaxNorm
     >>> assign({"head.*": None, "*.weight": MaxNorm(3.0)}, ["conv.weight", "conv.bias", "head.weight"])
@@ -38,11 +46,18 @@ def assign(rules: Rules, names: Iterable[str]) -> dict[str, Constraint | None]:
 
 
 def first_match(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, T | None]:
-    """What the first pattern that matches it says of every name; None where none matches.
+    """Return the value of the first pattern that matches each name.
+
+    Args:
+        rules: any values, by pattern.
+        names: the full names of the parameters.
+
+    Returns:
+        One value per name; None for a name that no pattern matches.
 
     Raises:
-        ValueError: a pattern that matches no name (it lists the nearest ones), or only names that patterns before it
-            take; `"*"`, what is left, may be left nothing.
+        ValueError: a pattern that matches no name (the error lists the nearest ones), or only names that earlier
+            patterns match. `"*"`, the rest, is exempt: the earlier patterns may match every name.
     """
     names = list(names)
     first = _first(rules, names)
@@ -61,7 +76,15 @@ def first_match(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, T | N
 
 
 def refuse_idle(rules: Rules, held: Mapping[str, bool]) -> None:
-    """Raise ValueError for a rule that holds nothing; `held` says which parameters have vectors that can be held."""
+    """Raise an error for a rule whose constraint holds nothing.
+
+    Args:
+        rules: constraints, or None for free parameters, by pattern.
+        held: for each name, whether the parameter has vectors that a constraint can hold.
+
+    Raises:
+        ValueError: a rule that is the first match only of parameters without such vectors.
+    """
     first = _first(rules, held)
     for pattern, constraint in rules.items():
         own = [name for name in held if first[name] == pattern]
@@ -74,9 +97,10 @@ def refuse_idle(rules: Rules, held: Mapping[str, bool]) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a rule's pattern matches a full name."""
+    """Return whether a rule's pattern matches a full name."""
     return fnmatchcase(name, pattern)
 
 
 def _first(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, str | None]:
+    """Return the first pattern that matches each name; None where none does."""
     return {name: next((pattern for pattern in rules if matches(pattern, name)), None) for name in names}

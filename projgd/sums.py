@@ -1,4 +1,4 @@
-"""Sums of squares that neither over- nor underflow, and a bound on their error.
+"""Sum squares without over- or underflow, and bound the error.
 
 A vector is divided by its largest entry before it is squared (compare Blue, *A portable Fortran program to find the
 Euclidean norm of a vector*, ACM TOMS 4, 1978). Squares are summed in a tree of blocks, so that the error grows with
@@ -23,17 +23,17 @@ Scalar = Any
 """A Python float, or an array: 0-d (traced, in JAX), or one number per vector with the reduced axes kept."""
 
 BLOCK = 8
-FIRST = 16  # a larger first block has less to write
+FIRST = 16  # a larger first block writes fewer sums
 
 
 @dataclass(frozen=True)
 class FloatType:
-    """What the arithmetic must know of a stored dtype.
+    """Describe a stored dtype to the arithmetic.
 
     Attributes:
-        unit: relative error of rounding to nearest, 2^-p.
-        tiny: absolute error of rounding near zero, whether subnormal numbers are flushed or not.
-        compute: name of the dtype that sums and products are taken in.
+        unit: the relative error of rounding to nearest, 2^-p.
+        tiny: the absolute error of rounding near zero, whether subnormal numbers are flushed or not.
+        compute: the name of the dtype that sums and products are taken in.
         free: how many squares an engine may add in any order; it has to add the rest of the sum more exactly.
     """
 
@@ -54,8 +54,15 @@ FLOATS = {
 def float_type(x: Array, name: str = "the array") -> FloatType:
     """Return the `FloatType` of an array.
 
+    Args:
+        x: an array of NumPy, PyTorch or JAX.
+        name: the array's name, for the error; default `"the array"`.
+
+    Returns:
+        The entry of `FLOATS` for its dtype.
+
     Raises:
-        TypeError: an integer, boolean, complex or other dtype; the message names the array by `name`.
+        TypeError: an integer, boolean, complex or other dtype.
     """
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
@@ -64,13 +71,28 @@ def float_type(x: Array, name: str = "the array") -> FloatType:
 
 
 def norm(x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
-    """Return ‖x‖₂ of every vector, with the reduced axes kept, in the dtype that sums are taken in.
+    """Return ‖x‖₂ of every vector.
 
-    The result never over- or underflows where it is representable. Infinity and NaN show as such.
+    The result never over- or underflows where it is representable.
+
+    Args:
+        x: an array of any shape and of a floating-point dtype.
+        axes: the non-negative axes that make one vector.
+        xp: the array namespace of `x`; default None, which looks it up.
+
+    Returns:
+        One norm per vector, with size 1 along `axes`, in the dtype that sums are taken in. The norm of a
+        vector that holds NaN or infinity is NaN or infinity.
+
+    Raises:
+        TypeError: an integer, boolean or complex array.
 
     >>> import numpy as np
     >>> norm(np.asarray([[3e30], [4e30]], dtype=np.float32), (0,))
     array([[5.e+30]], dtype=float32)
+
+    References:
+        J. L. Blue, *A portable Fortran program to find the Euclidean norm of a vector*, ACM TOMS 4, 1978.
     """
     xp = xp or array_namespace(x)
     kind = float_type(x)
@@ -85,18 +107,35 @@ def scale(x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array
     """Return x / r and r, the largest magnitude in each vector.
 
     Zero vectors stay zero. Vectors that hold NaN or infinity become NaN.
+
+    Args:
+        x: an array of any shape and of a floating-point dtype.
+        axes: the non-negative axes that make one vector.
+        xp: the array namespace of `x`.
+
+    Returns:
+        x / r in the dtype that sums are taken in, and r with size 1 along `axes`.
     """
     x = xp.astype(x, getattr(xp, float_type(x).compute), copy=False)
     r = xp.max(xp.abs(x), axis=axes, keepdims=True)
-    # XLA divides by way of the reciprocal, which is 0 there for the largest numbers, and takes subnormal ones for 0.
+    # XLA multiplies by the reciprocal, which is 0 for the largest numbers, and it flushes subnormal numbers to 0.
     level = xp.where(r > 1, xp.full_like(r, 2.0**-8), xp.where(r < 2.0**-64, xp.full_like(r, 2.0**64), 1.0))
     divisor = xp.where(r * level > 0, r * level, xp.ones_like(r))
     return x * level / xp.where(xp.isfinite(r), divisor, xp.full_like(r, math.nan)), r
 
 
 def tree_sum(x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:
-    """Sum over `axes`, kept with size 1, in a tree of blocks; `norm_error` counts its depth."""
-    if is_jax_namespace(xp):  # XLA merges nested sums and takes its own tree; blocks would make it gather sharded axes
+    """Return the sum over `axes`, kept with size 1, in a tree of blocks; `norm_error` counts the depth of the tree.
+
+    Args:
+        x: an array.
+        axes: the non-negative axes to sum over.
+        xp: the array namespace of `x`.
+
+    Returns:
+        The sums, in the dtype of `x`.
+    """
+    if is_jax_namespace(xp):  # XLA orders its sums itself, and blocks would make it gather sharded axes
         return xp.sum(x, axis=axes, keepdims=True)
     for a in axes:
         all_before = (slice(None),) * a
@@ -110,7 +149,17 @@ def tree_sum(x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:
 
 
 def running_sum(x: Array, xp: ModuleType) -> Array:
-    """Cumulative sum over the last axis in two levels, because NumPy's own adds one entry after the other."""
+    """Return the cumulative sum over the last axis, in two levels of 1024 entries.
+
+    NumPy's own cumulative sum adds one entry after the other, and its error grows with the length.
+
+    Args:
+        x: an array.
+        xp: its array namespace.
+
+    Returns:
+        An array of the same shape and dtype.
+    """
     n, size = x.shape[-1], 1024
     if n % size:
         x = xp.concat([x, xp.zeros((*x.shape[:-1], -n % size), dtype=x.dtype)], axis=-1)
@@ -127,11 +176,11 @@ def root(square: Array, xp: ModuleType) -> Array:
 
 
 class Measures(NamedTuple):
-    """How an update u lies to the weights w: one number per vector, with the reduced axes kept.
+    """Hold the lengths of the weights w and of their update u, and the angle between them, for each vector.
 
     Attributes:
-        w: ‖w‖.
-        u: ‖u‖.
+        w: ‖w‖, with the reduced axes kept.
+        u: ‖u‖, with the reduced axes kept.
         cosine: ⟨w, u⟩ / (‖w‖ ‖u‖), and 0 where one of them is 0.
     """
 
@@ -141,7 +190,17 @@ class Measures(NamedTuple):
 
 
 def measure(u: Array, w: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array, Measures]:
-    """Return u / r, its largest magnitude r, and the `Measures`. Nothing over- or underflows."""
+    """Return u / r, its largest magnitude r, and the `Measures` of u and w, without over- or underflow.
+
+    Args:
+        u: the update, of the shape of `w`.
+        w: the weights.
+        axes: the non-negative axes that make one vector.
+        xp: the array namespace of both.
+
+    Returns:
+        u / r, r and the `Measures`, in the dtype that sums are taken in.
+    """
     (zu, ru), (zw, rw) = scale(u, axes, xp), scale(w, axes, xp)
     nu, nw = root(tree_sum(zu * zu, axes, xp), xp), root(tree_sum(zw * zw, axes, xp), xp)
     both = nu * nw
@@ -150,14 +209,32 @@ def measure(u: Array, w: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[
 
 
 def measures_of(ww: Array, uu: Array, wu: Array, xp: ModuleType) -> Measures:
-    """Return the `Measures` of Σw², Σu² and Σwu, where none of these sums over- or underflowed."""
+    """Return the `Measures` that belong to Σw², Σu² and Σwu.
+
+    Args:
+        ww: Σw² per vector, which must not have over- or underflowed.
+        uu: Σu² per vector, likewise.
+        wu: Σwu per vector.
+        xp: the array namespace of all three.
+
+    Returns:
+        The `Measures`.
+    """
     w, u = xp.sqrt(ww), xp.sqrt(uu)
     both = w * u
     return Measures(w, u, wu / xp.where(both > 0, both, xp.ones_like(both)))
 
 
 def norm_error(kind: FloatType, vectors: Vectors) -> float:
-    """Return the relative error of `norm` at most: half the depth of the tree of sums, and 6 for the rest, in units."""
+    """Return a bound on the relative error of `norm`: in units half the depth of the tree of sums, plus 6.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+
+    Returns:
+        The bound, a share of the norm.
+    """
     depth = 0
     for a in vectors.axes:
         depth += sum(parts - 1 for parts in _cuts(vectors.shape[a]))
@@ -165,13 +242,21 @@ def norm_error(kind: FloatType, vectors: Vectors) -> float:
 
 
 def guard(kind: FloatType, vectors: Vectors) -> float:
-    """Return the relative error that a norm may have, by `norm` or by any engine: what the guards of a band allow."""
+    """Return the relative error that a norm may have, whether `norm` or an engine computes it.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+
+    Returns:
+        The error that a band allows for, a share of the norm.
+    """
     any_order = (min(vectors.length, kind.free) / 2 + 6) * FLOATS[kind.compute].unit
     return max(norm_error(kind, vectors), any_order)
 
 
 def _cuts(n: int) -> Iterator[int]:
-    """Into how many parts n entries are cut, level by level of the tree; what does not fit goes up as it is."""
+    """Yield into how many parts n entries are cut, level by level of the tree; a remainder goes up a level."""
     block = FIRST if n >= FIRST * BLOCK else BLOCK
     while n > 1:
         parts = min(n, block)

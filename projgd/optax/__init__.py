@@ -1,16 +1,23 @@
 """Projections, and shapings of the update before them, as optax gradient transformations."""
 
-from projgd.optax.adaptive import ProjectedState, projected
+from projgd.optax.adaptive import Diagonal, ProjectedState, projected
 from projgd.optax.check import check_last
 from projgd.optax.projection import ProjectionState, apply_updates, maxnorm_projection, project, projection
 from projgd.optax.shaping import ShapingState, hyperball, max_update, radial_brake, relative_update, tangent_update
+from projgd.optax.tree import Constraints, Leaf, Schedule, SplitOver, find_leaves
 
 __all__ = [
+    "Constraints",
+    "Diagonal",
+    "Leaf",
     "ProjectedState",
     "ProjectionState",
+    "Schedule",
     "ShapingState",
+    "SplitOver",
     "apply_updates",
     "check_last",
+    "find_leaves",
     "hyperball",
     "max_update",
     "maxnorm_projection",

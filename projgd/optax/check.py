@@ -1,4 +1,4 @@
-"""Whether an optimizer keeps a projection's promise, found out by trying."""
+"""A check that an optimizer keeps the promise of its projection, by trying it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import numpy as np
 import optax
 from optax import contrib
 
-from projgd.optax.layouts import absent
 from projgd.optax.projection import ProjectionState, project
-from projgd.optax.tree import Constraints, resolve
+from projgd.optax.tree import Constraints, is_absent, resolve
 
 
 def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3) -> None:
-    """Raise if `optax.apply_updates` with the updates of `tx` does not land in the set.
+    """Raise an error if the parameters are not in the set after `optax.apply_updates` with the updates of `tx`.
 
     A transformation cannot see what comes after it in a chain. So this takes a few steps that press outwards from the
-    boundary, on copies: for a test, or once before a long run.
+    boundary, on copies. Call it in a test, or once before a long run.
 
     Args:
         tx: the whole optimizer, for instance `optax.chain(optax.adam(1e-3), projection(constraint))`.
         params: the parameters, or others of their structure and shapes.
-        constraint: what `tx` is expected to keep.
+        constraint: the set that the parameters are to stay in.
         steps: how many updates to try.
 
     Raises:
-        ValueError: a parameter ended outside; it is named. Or a projection stands inside `schedule_free`, of which the
-            first steps do not tell.
+        ValueError: a parameter ended outside; the message names it. Or a projection stands inside `schedule_free`,
+            which shows only after more steps.
 
     >>> import jax.numpy as jnp, optax
     >>> from projgd import MaxNorm
@@ -40,41 +39,37 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     Traceback (most recent call last):
     ValueError: kernel is outside ...
     """
-    constraints = resolve(constraint, params)
-    outwards = jax.tree.map(
-        lambda p: p if absent(p) else jnp.where(p < 0, -1, 1).astype(p.dtype), params, is_leaf=absent
-    )
-    weights = project(jax.tree.map(lambda p, o: p + o, params, outwards), constraint)
+    leaves = resolve(constraint, params)
+    outwards = jax.tree.map(lambda p: jnp.where(p < 0, -1, 1).astype(p.dtype), params)
+    weights = project(jax.tree.map(lambda p, o: p + o * _vary(p), params, outwards), constraint)
     state = tx.init(weights)
-    inner = jax.tree.leaves(state, is_leaf=_is_schedule_free)
-    if any(_is_schedule_free(s) and _projects(s.base_optimizer_state) for s in inner):
+    if any(_find(s.base_optimizer_state, ProjectionState) for s in _find(state, contrib.ScheduleFreeState)):
         raise ValueError(
             "the projection is inside of schedule_free, which adds its update to other points than it was made for: "
             "put it outside, optax.chain(schedule_free(...), projection(...))"
         )
-    pressing = jax.tree.map(jnp.negative, outwards)
     for step in range(steps):
-        updates, state = tx.update(pressing, state, weights)
+        updates, state = tx.update(jax.tree.map(jnp.negative, outwards), state, weights)
         weights = optax.apply_updates(weights, updates)
-        for leaf, w in zip(constraints, jax.tree.leaves(weights, is_leaf=absent), strict=True):
-            if leaf is None:
-                continue
-            x = w.reshape(leaf.vectors.shape)
-            moved = leaf.constraint.onto(x, leaf.vectors.axes, jnp)
-            if not np.array_equal(moved, x, equal_nan=True):
-                far = float(jnp.max(leaf.constraint.outside(x, leaf.vectors.axes, jnp)))
+        inside = jax.tree.leaves(project(weights, constraint), is_leaf=is_absent)
+        for leaf, w, q in zip(leaves, jax.tree.leaves(weights, is_leaf=is_absent), inside, strict=True):
+            if leaf and not np.array_equal(w, q, equal_nan=True):
+                distance = float(jnp.max(leaf.constraint.outside(leaf.view(w), leaf.vectors.axes, jnp)))
                 raise ValueError(
-                    f"{leaf.name} is outside {leaf.constraint} by {far:.2g} after step {step + 1}: put the "
+                    f"{leaf.name} is outside {leaf.constraint} by {distance:.2g} after step {step + 1}: put the "
                     "projection last in the chain, outside of wrappers that change its update"
                 )
 
 
-def _is_schedule_free(state: Any) -> bool:
-    return isinstance(state, contrib.ScheduleFreeState)
+def _vary(p: Any) -> Any:
+    """Return numbers from 1 to 2, so that weights that are all alike do not point where the steps press."""
+    return jnp.linspace(1, 2, p.size, dtype=jnp.float32).reshape(p.shape).astype(p.dtype)
 
 
-def _projects(state: Any) -> bool:
-    def is_projection(node: Any) -> bool:
-        return isinstance(node, ProjectionState)
+def _find(state: Any, kind: type) -> list[Any]:
+    """Return the states of a kind in a tree of states."""
 
-    return any(map(is_projection, jax.tree.leaves(state, is_leaf=is_projection)))
+    def is_kind(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    return list(filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))

@@ -1,10 +1,9 @@
-"""A projection as an optax gradient transformation, the last of a chain."""
+"""A projection as an optax gradient transformation, the last of a chain; and in place of `optax.apply_updates`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,33 +12,45 @@ import optax
 
 from projgd.axes import Axis, Split
 from projgd.constraints import MaxNorm, positive
-from projgd.optax.layouts import absent
-from projgd.optax.tree import Constraints, LeafConstraint, SplitOver, check, resolve
-from projgd.optax.xla import Turns, add, as_stored, difference, project_leaf, rounded
+from projgd.optax import tree
+from projgd.optax.tree import Constraints, LeafConstraint, Schedule, SplitOver, Transformation, is_absent
+from projgd.optax.xla import Turns, add_update, project_leaf, round_to_dtype, store_update, take_difference
 
 
 class ProjectionState(NamedTuple):
-    """State of `projection`: the number of updates so far, for schedules; what sets took from the initial weights."""
+    """State of `projection`.
+
+    Attributes:
+        count: the number of updates so far, for schedules.
+        initial: what sets took from the initial weights: a tree with the structure of the parameters, None where
+            nothing is taken; None if no set takes anything.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax's own states
-    initial: Any = None  # a tree with the structure of the parameters, None where nothing is taken; None without any
+    initial: Any = None
 
 
 def maxnorm_projection(
     c: Any = 4.0, axis: Axis | Any = "fan_in", split_over: SplitOver | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """Change an update so that `optax.apply_updates` lands where every neuron has ‖w‖₂ ≤ c. Put it last in the chain.
+) -> Transformation:
+    """Change an update so that every neuron has ‖w‖₂ <= c after `optax.apply_updates`. Put it last in the chain.
+
+    w ← (w + u) · min(1, c / ‖w + u‖₂)
 
     Args:
         c: the bound: a positive number, a traced array, or a schedule of the step.
-        axis: what makes one vector; `"fan_in"` finds it from the leaf's place in the tree, see
-            `projgd.optax.layouts`. Or a tree of axes with the structure of the parameters, or of their upper part:
+        axis: what makes one vector; `"fan_in"` finds it from the leaf's place in the tree, see `projgd.optax.tree`. Or
+            a tree of axes with the structure of the parameters, or of their upper part:
             `{"conv": (0, 1, 2), "embed": 1}`; or rules, `{"*/embedding": 1}`.
         split_over: as in `projection`.
 
+    Returns:
+        An optax transformation. Its `update` needs the parameters.
+
     Raises:
-        TypeError, ValueError: a `c` that is no positive number; at `init`, a leaf that cannot be constrained, or an
-            axis tree of another structure than the parameters.
+        TypeError: a `c` that is no number; at `init`, a constrained leaf with an integer or complex dtype.
+        ValueError: a `c` that is not positive and finite; at `init`, an axis that a leaf does not have, or an axis tree
+            of another structure than the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(1.0), maxnorm_projection(c=1.0))
@@ -48,6 +59,10 @@ def maxnorm_projection(
     >>> optax.apply_updates(params, updates)["kernel"].round(3)
     Array([[0.6],
            [0.8]], dtype=float32)
+
+    References:
+        N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to prevent
+        neural networks from overfitting*, JMLR 15, 2014, section 5.1.
     """
 
     def at(c: Any) -> Any:
@@ -59,10 +74,8 @@ def maxnorm_projection(
     return projection(at(positive("c", c)), split_over)
 
 
-def projection(
-    constraint: Constraints | Callable[[Any], Constraints], split_over: SplitOver | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """Change an update so that `optax.apply_updates` lands in the set. Put it last in the chain.
+def projection(constraint: Constraints | Schedule, split_over: SplitOver | None = None) -> Transformation:
+    """Change an update so that the weights are in the set after `optax.apply_updates`. Put it last in the chain.
 
     Args:
         constraint: one for all parameters; rules `{pattern: constraint or None}` over names joined by `/`, where the
@@ -70,6 +83,9 @@ def projection(
             parameters or of their upper part; or a function from the step (0, 1, …; traced) to one of those.
         split_over: only inside `jax.shard_map`: `{pattern: mesh axis}` for the parameters whose vectors are split over
             devices. With `jit` and `NamedSharding` there is nothing to say.
+
+    Returns:
+        An optax transformation with a `ProjectionState`. Its `update` needs the parameters.
 
     Raises:
         TypeError: no constraint; at `init`, a constrained leaf with an integer or complex dtype.
@@ -84,33 +100,76 @@ def projection(
 
     >>> tx = projection(lambda step: MaxNorm(jnp.minimum(1.0 + 0.01 * step, 4.0)))
     """
+
+    def move(updates: Any, params: Any, leaves: list[LeafConstraint | None], **extra: Any) -> Any:
+        turns = Turns()
+        return tree.map_leaves(lambda u, p, leaf: project_update(u, p, leaf, turns.project), updates, params, leaves)
+
+    return make_projection(move, constraint, split_over)
+
+
+def make_projection(
+    move: Callable[..., Any], constraint: Constraints | Schedule, split_over: SplitOver | None = None
+) -> Transformation:
+    """Return a transformation that changes updates by move(updates, params, leaves, **extra arguments of `update`).
+
+    Args:
+        move: what changes a tree of updates; `leaves` are the constraints at this step, see `resolve_at`.
+        constraint, split_over: as in `projection`.
+    """
     if not callable(constraint):
-        check(constraint)
-    at = constraint if callable(constraint) else lambda count: constraint
+        tree.check_constraints(constraint)
 
     def init(params: Any) -> ProjectionState:
-        count = jnp.zeros((), jnp.int32)
-        constraints = resolve(at(count), params, split_over)
-        arrays = jax.tree.leaves(params, is_leaf=absent)
-        initial = [leaf and _initial(p, leaf) for p, leaf in zip(arrays, constraints, strict=True)]
-        taken = any(i is not None for i in initial)
-        return ProjectionState(count, _structure(params).unflatten(initial) if taken else None)
+        state = ProjectionState(jnp.zeros((), jnp.int32))
+        arrays = jax.tree.leaves(params, is_leaf=is_absent)
+        leaves = resolve_at(constraint, params, state, split_over)
+        initial = [
+            leaf and leaf.constraint.initial(leaf.view(p), leaf.vectors.axes, leaf.name, jnp)
+            for p, leaf in zip(arrays, leaves, strict=True)
+        ]
+        taken = any(numbers is not None for numbers in initial)
+        return state._replace(initial=tree.find_structure(params).unflatten(initial) if taken else None)
 
     def update(updates: Any, state: ProjectionState, params: Any = None, **extra: Any) -> tuple[Any, ProjectionState]:
-        del extra
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        constraints = bind(resolve(at(state.count), params, split_over), params, state)
-        projected = map_leaves(partial(_project_update, Turns()), updates, params, constraints)
-        return projected, ProjectionState(optax.safe_increment(state.count), state.initial)
+        updates = move(updates, params, resolve_at(constraint, params, state, split_over), **extra)
+        return updates, state._replace(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Transformation(init, update)
+
+
+def resolve_at(
+    constraint: Constraints | Schedule, params: Any, state: ProjectionState, split_over: SplitOver | None = None
+) -> list[LeafConstraint | None]:
+    """Return the constraint of every leaf at a step, with what its set took from the initial weights.
+
+    Raises:
+        TypeError, ValueError: as `projgd.optax.tree.resolve`.
+    """
+    leaves = tree.resolve(constraint(state.count) if callable(constraint) else constraint, params, split_over)
+    if state.initial is None:
+        return leaves
+    initial = tree.find_structure(params).flatten_up_to(state.initial)
+    return [
+        leaf if leaf is None or numbers is None else dataclasses.replace(leaf, constraint=leaf.constraint.bind(numbers))
+        for leaf, numbers in zip(leaves, initial, strict=True)
+    ]
+
+
+def project_update(
+    u: jax.Array, p: jax.Array, leaf: LeafConstraint, project: Callable[[jax.Array, LeafConstraint], jax.Array]
+) -> jax.Array:
+    """Return the update that `optax.apply_updates` takes from p to project(p + u, leaf), rounding included."""
+    q = round_to_dtype(project(add_update(p, store_update(u)), leaf))
+    return take_difference(q, p, jnp.promote_types(u.dtype, p.dtype))
 
 
 def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over: SplitOver | None = None) -> Any:
-    """`optax.apply_updates`, then the projection, in place where the parameters are donated to a jitted step.
+    """Add the updates as `optax.apply_updates` does, then project; in place if a jitted step donates the parameters.
 
-    Use it instead of a projection in the chain where speed or memory matter: there, a difference has to be taken that
+    Use it instead of a projection in the chain where speed or memory matter: the chain has to take a difference that
     `optax.apply_updates` adds again.
 
     Args:
@@ -122,6 +181,10 @@ def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over
     Returns:
         A tree like `params`.
 
+    Raises:
+        TypeError: no constraint, or a constrained leaf with an integer or complex dtype.
+        ValueError: trees of different structures, or constraints that do not fit the parameters.
+
     >>> import jax, jax.numpy as jnp
     >>> from projgd import MaxNorm
     >>> params = {"kernel": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}
@@ -130,16 +193,30 @@ def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over
     {'bias': Array([1.], dtype=float32), 'kernel': Array([[0.6],
            [0.8]], dtype=float32)}
     """
+    tree.check_structure(updates, params)
 
-    _check_structure(updates, params)
-    moved = jax.tree.map(lambda p, u: p if absent(p) or absent(u) else add(p, u), params, updates, is_leaf=absent)
-    still = [absent(u) for u in jax.tree.leaves(updates, is_leaf=absent)]
-    constraints = resolve(constraint, params, split_over)
-    return _project_all(moved, [None if s else leaf for s, leaf in zip(still, constraints, strict=True)], moved=True)
+    def one(p: Any, u: Any, leaf: LeafConstraint | None) -> Any:
+        if is_absent(p) or is_absent(u):
+            return p
+        return project_leaf(add_update(p, u), leaf)[0] if leaf else add_update(p, u)
+
+    leaves = tree.find_structure(params).unflatten(tree.resolve(constraint, params, split_over))
+    return jax.tree.map(one, params, updates, leaves, is_leaf=is_absent)
 
 
 def project(params: Any, constraint: Constraints) -> Any:
-    """Every parameter at its nearest point in the set: for initial weights, or averaged ones before an evaluation.
+    """Move every parameter to its nearest point in the set: initial weights, or averaged ones before an evaluation.
+
+    Args:
+        params: a tree of parameters.
+        constraint: what `projection` takes, but a function of the step: call that yourself.
+
+    Returns:
+        A tree like `params`.
+
+    Raises:
+        TypeError: no constraint, or a constrained leaf with an integer or complex dtype.
+        ValueError: constraints that do not fit the parameters.
 
     >>> import jax.numpy as jnp
     >>> from projgd import MaxNorm
@@ -148,70 +225,14 @@ def project(params: Any, constraint: Constraints) -> Any:
            [0.8]], dtype=float32)
     """
 
-    return _project_all(params, resolve(constraint, params), moved=False)
-
-
-def _project_all(params: Any, constraints: list[LeafConstraint | None], moved: bool) -> Any:
-    of_leaf = _structure(params).unflatten(constraints)
-
     def one(p: Any, leaf: LeafConstraint | None) -> Any:
-        return project_leaf(jnp.asarray(p), leaf, moved=moved).x if leaf else p
+        return project_leaf(jnp.asarray(p), leaf, moved=False)[0] if leaf else p
 
-    return jax.tree.map(one, params, of_leaf, is_leaf=absent)
-
-
-def _initial(p: Any, leaf: LeafConstraint) -> jax.Array | None:
-    x = jnp.asarray(p).reshape(leaf.vectors.shape)
-    taken: jax.Array | None = leaf.constraint.initial(x, leaf.vectors.axes, leaf.name, jnp)
-    return taken
-
-
-def bind(constraints: list[LeafConstraint | None], params: Any, state: ProjectionState) -> list[LeafConstraint | None]:
-    """Return the constraints with what their sets took from the initial weights."""
-    if state.initial is None:
-        return constraints
-    initial = _structure(params).flatten_up_to(state.initial)
-    return [
-        leaf if leaf is None or i is None else dataclasses.replace(leaf, constraint=leaf.constraint.bind(i))
-        for leaf, i in zip(constraints, initial, strict=True)
-    ]
-
-
-def map_leaves(f: Callable[[Any, Any, Any], Any], updates: Any, params: Any, leaves: Sequence[Any]) -> Any:
-    """Return `updates` with f(update, parameter, leaf) for the leaves that are not None.
-
-    Raises:
-        ValueError: updates of another structure or shape than the parameters.
-    """
-
-    def one(u: Any, p: Any, leaf: Any) -> Any:
-        if leaf is None or absent(u) or absent(p):
-            return u
-        if jnp.shape(u) != jnp.shape(p):
-            raise ValueError(f"{leaf.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
-        return f(u, p, leaf)
-
-    _check_structure(updates, params)
-    return jax.tree.map(one, updates, params, _structure(params).unflatten(leaves), is_leaf=absent)
-
-
-def _check_structure(updates: Any, params: Any) -> None:
-    of_updates, of_params = _structure(updates), _structure(params)
-    if of_updates != of_params:
-        raise ValueError(f"updates and params are different trees: {of_updates} and {of_params}")
-
-
-def _structure(tree: Any) -> Any:
-    return jax.tree.structure(tree, is_leaf=absent)
+    leaves = tree.find_structure(params).unflatten(tree.resolve(constraint, params))
+    return jax.tree.map(one, params, leaves, is_leaf=is_absent)
 
 
 def _is_axis(axis: Any) -> bool:
     """Whether `axis` is one axis setting, not a tree of them."""
     ints = axis if isinstance(axis, (tuple, list)) else (axis,)
     return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
-
-
-def _project_update(turns: Turns, u: jax.Array, p: jax.Array, leaf: LeafConstraint) -> jax.Array:
-    """The update that `optax.apply_updates` takes from p to the projection of p + u, rounding included."""
-    q = rounded(turns.project(add(p, as_stored(u)), leaf))
-    return difference(q, p, jnp.promote_types(u.dtype, p.dtype))

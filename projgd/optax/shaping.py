@@ -10,43 +10,51 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from projgd.axes import Axis, Vectors
+from projgd.axes import Axis
 from projgd.constraints import Sphere, norms_of
-from projgd.optax.layouts import absent, leaves
-from projgd.optax.projection import map_leaves, projection
-from projgd.optax.tree import LeafConstraint, vectors_of
+from projgd.optax.projection import projection
+from projgd.optax.tree import LeafConstraint, Transformation, find_leaves, is_absent, map_leaves, resolve_leaf
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 
 class ShapingState(NamedTuple):
-    """State of a shaping: the number of updates so far, for schedules."""
+    """State of a shaping.
+
+    Attributes:
+        count: the number of updates so far, for schedules.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax's own states
 
 
-def relative_update(
-    learning_rate: Any, axis: Axis = "matrix", *, flip_sign: bool = True
-) -> optax.GradientTransformationExtraArgs:
-    """Give the update of every vector the length learning_rate · ‖w‖: `RelativeUpdate`.
+def relative_update(learning_rate: Any, axis: Axis = "matrix", *, flip_sign: bool = True) -> Transformation:
+    """Give the update of every vector the length learning_rate · ‖w‖: u ← learning_rate · ‖w‖ · u / ‖u‖.
 
-    It takes the place of `optax.scale_by_learning_rate`: what has no such vector (biases and gains, with the default
-    axis) is multiplied by the learning rate.
+    It takes the place of `optax.scale_by_learning_rate`: the update of a parameter without such vectors (biases and
+    gains, with the default axis) is multiplied by the learning rate.
 
     Args:
         learning_rate: a number, a traced array, or a schedule of the step.
-        axis: what makes one vector; `"matrix"`, every array of two axes or more.
+        axis: what makes one vector, see `projgd.axes`; `"matrix"`, the default, is every array of two axes or more.
         flip_sign: whether the updates that come in point uphill, as those of `optax.scale_by_adam` do.
 
-    Raises:
-        TypeError, ValueError: at `init`, a weight vector without a norm, an axis that a parameter does not have.
+    Returns:
+        An optax transformation. Its `update` needs the parameters.
 
-    AdamH, the Hyperball form of Adam (Wen et al. 2026, arXiv 2606.16899):
+    Raises:
+        TypeError: an `axis` that is none; at `init`, a parameter with an integer or complex dtype.
+        ValueError: at `init`, a weight vector that is zero or not finite, or an axis that a parameter does not have.
+
+    AdamH, the Hyperball form of Adam:
 
     >>> import optax
     >>> from projgd import Sphere
     >>> from projgd.optax import projection
-    >>> ball = Sphere("initial", axis="matrix")
-    >>> tx = optax.chain(optax.scale_by_adam(), relative_update(1e-2), projection(ball))
+    >>> sphere = Sphere("initial", axis="matrix")
+    >>> tx = optax.chain(optax.scale_by_adam(), relative_update(1e-2), projection(sphere))
+
+    References:
+        Wen, Dang, Lyu, Ma, Liang, *Hyperball*, 2026, arXiv 2606.16899.
     """
     sign = -1.0 if flip_sign else 1.0
 
@@ -56,8 +64,18 @@ def relative_update(
     return _shaping(RelativeUpdate(axis), rate, lambda u, lr: u * jnp.asarray(sign * lr, u.dtype), sign)
 
 
-def tangent_update(axis: Axis = "matrix") -> optax.GradientTransformationExtraArgs:
-    """Remove from every vector of the update what is parallel to the weights: `TangentUpdate`.
+def tangent_update(axis: Axis = "matrix") -> Transformation:
+    """Remove from every vector of the update what is parallel to the weights: u ← u - w · ⟨w, u⟩ / ‖w‖².
+
+    Args:
+        axis: what makes one vector, see `projgd.axes`; `"matrix"`, the default, is every array of two axes or more.
+
+    Returns:
+        An optax transformation. Its `update` needs the parameters.
+
+    Raises:
+        TypeError: an `axis` that is none; at `init`, a parameter with an integer or complex dtype.
+        ValueError: at `init`, an axis that a parameter does not have.
 
     First in a chain, before the inner optimizer, it makes the gradients tangent, as sparse autoencoders do:
 
@@ -65,40 +83,78 @@ def tangent_update(axis: Axis = "matrix") -> optax.GradientTransformationExtraAr
     >>> from projgd import UnitNorm
     >>> from projgd.optax import projection
     >>> tx = optax.chain(tangent_update(axis=1), optax.adam(1e-3), projection(UnitNorm(axis=1)))
+
+    References:
+        B. Heo et al., *AdamP*, ICLR 2021, arXiv 2006.08217; T. Bricken et al., *Towards Monosemanticity*, 2023.
     """
     return _shaping(TangentUpdate(axis))
 
 
-def radial_brake(
-    outward: float = 0.5, inward: float = 1.0, axis: Axis = "matrix"
-) -> optax.GradientTransformationExtraArgs:
-    """Keep only a share of what the update changes of the norm of every vector: `RadialBrake`.
+def radial_brake(outward: float = 0.5, inward: float = 1.0, axis: Axis = "matrix") -> Transformation:
+    """Keep only a share of what the update changes of the norm of every vector.
+
+    w + u is rescaled to the norm ‖w‖ + share · (‖w + u‖ - ‖w‖).
+
+    Args:
+        outward: the share of an increase that is kept, from 0 to 1.
+        inward: the share of a decrease that is kept, from 0 to 1.
+        axis: what makes one vector, see `projgd.axes`; `"matrix"`, the default, is every array of two axes or more.
+
+    Returns:
+        An optax transformation. Its `update` needs the parameters.
+
+    Raises:
+        TypeError: an `axis` that is none; at `init`, a parameter with an integer or complex dtype.
+        ValueError: a share outside of [0, 1]; at `init`, an axis that a parameter does not have.
 
     >>> import optax
     >>> tx = optax.chain(optax.adam(1e-3), radial_brake(outward=0.5))
+
+    References:
+        N. Abrahamsen, *Radial brake*, nilin.github.io/radial-brake, "simplest definition".
     """
     return _shaping(RadialBrake(outward, inward, axis))
 
 
-def max_update(
-    ratio: float, floor: float | None = None, axis: Axis = "matrix"
-) -> optax.GradientTransformationExtraArgs:
-    """Keep the update of every vector between floor · ‖w‖ and ratio · ‖w‖: `MaxUpdate`.
+def max_update(ratio: float, floor: float | None = None, axis: Axis = "matrix") -> Transformation:
+    """Keep the length of the update of every vector between floor · ‖w‖ and ratio · ‖w‖.
+
+    Args:
+        ratio: the largest length over ‖w‖, a positive number.
+        floor: the smallest length over ‖w‖, from 0 to `ratio`; None for no smallest length.
+        axis: what makes one vector, see `projgd.axes`; `"matrix"`, the default, is every array of two axes or more.
+
+    Returns:
+        An optax transformation. Its `update` needs the parameters.
+
+    Raises:
+        TypeError: an `axis` or a `ratio` that is none; at `init`, a parameter with an integer or complex dtype.
+        ValueError: a `ratio` or `floor` out of range; at `init`, a weight vector that is zero or not finite, or an axis
+            that a parameter does not have.
 
     >>> import optax
     >>> tx = optax.chain(optax.adam(1e-3), max_update(0.01, axis="fan_in"))
+
+    References:
+        A. Brock, S. De, S. L. Smith, K. Simonyan, *High-performance large-scale image recognition without
+        normalization*, ICML 2021, arXiv 2102.06171, section 4.1 (there for gradients).
     """
     return _shaping(MaxUpdate(ratio, floor, axis))
 
 
-def hyperball(
-    inner: optax.GradientTransformation, learning_rate: Any, axis: Axis = "matrix"
-) -> optax.GradientTransformationExtraArgs:
-    """`inner` as Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖, for every matrix; `inner` itself for the rest.
+def hyperball(inner: optax.GradientTransformation, learning_rate: Any, axis: Axis = "matrix") -> Transformation:
+    """Return `inner` as Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖, for every matrix.
 
-    u is the direction of `inner` and η the `learning_rate`, a number or a schedule (Wen, Dang, Lyu, Ma, Liang 2026,
-    arXiv 2606.16899). Make `inner` with a learning rate of 1 and without weight decay: the scale of its update does not
-    matter for matrices, and biases and gains take its update times `learning_rate`.
+    u is the direction of `inner`, and η the `learning_rate`. Make `inner` with a learning rate of 1 and without weight
+    decay: the scale of its update does not matter for matrices, and biases and gains take its update times η.
+
+    Args:
+        inner: a whole optimizer with a learning rate of 1.
+        learning_rate: a number, a traced array, or a schedule of the step.
+        axis: what makes one vector, see `projgd.axes`; `"matrix"`, the default, is every array of two axes or more.
+
+    Returns:
+        An optax transformation. Its `update` needs the parameters.
 
     Raises:
         ValueError: at `init`, a matrix that starts at zero, as residual projections often do.
@@ -112,36 +168,37 @@ def hyperball(
     >>> updates, state = tx.update({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, tx.init(params), params)
     >>> float(jnp.linalg.norm(optax.apply_updates(params, updates)["kernel"]).round(5))
     2.0
+
+    References:
+        Wen, Dang, Lyu, Ma, Liang, *Hyperball*, 2026, arXiv 2606.16899.
     """
     sphere = projection(Sphere("initial", axis))
     chained = optax.chain(inner, relative_update(learning_rate, axis, flip_sign=False), sphere)
 
     def init(params: Any) -> Any:
-        if decayed := _decayed(inner, params, axis):
+        if names := _find_decayed(inner, params, axis):
             warnings.warn(
-                f"the inner optimizer moves {', '.join(decayed)} without a gradient, as weight decay does. hyperball() "
+                f"the inner optimizer moves {', '.join(names)} without a gradient, as weight decay does. hyperball() "
                 "fixes the norm, so decay would only shorten the rest of the update: make it with weight_decay=0",
                 stacklevel=2,
             )
         return chained.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, chained.update)
+    return Transformation(init, chained.update)
 
 
 def _shaping(
     shaping: Update,
     rate: Callable[[jax.Array], Any] = lambda count: 1.0,
-    elsewhere: Callable[[jax.Array, Any], jax.Array] = lambda u, lr: u,
+    free: Callable[[jax.Array, Any], jax.Array] = lambda u, lr: u,
     sign: float = 1.0,
-) -> optax.GradientTransformationExtraArgs:
-    """Shape where `shaping` finds vectors, and do `elsewhere(update, lr)` where it finds none."""
+) -> Transformation:
+    """Shape the updates of parameters in which `shaping` finds vectors, and return free(update, lr) for the others."""
 
     def init(params: Any) -> ShapingState:
-        arrays = jax.tree.leaves(params, is_leaf=absent)
-        for array, leaf in zip(arrays, _resolve(shaping, params), strict=True):
+        for p, leaf in zip(jax.tree.leaves(params, is_leaf=is_absent), _resolve(shaping, params), strict=True):
             if leaf is not None and shaping.needs_norm:
-                x = jnp.asarray(array).reshape(leaf.vectors.shape)
-                norms_of(x, leaf.vectors.axes, leaf.name, f"{shaping} needs one", jnp)
+                norms_of(leaf.view(p), leaf.vectors.axes, leaf.name, f"{shaping} needs one", jnp)
         return ShapingState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: ShapingState, params: Any = None, **extra: Any) -> tuple[Any, ShapingState]:
@@ -151,33 +208,23 @@ def _shaping(
         lr = rate(state.count)
 
         def shape(u: Any, p: Any, leaf: LeafConstraint) -> Any:
-            shape, axes = leaf.vectors.shape, leaf.vectors.axes
-            return shaping.shape(sign * u.reshape(shape), p.reshape(shape), lr, axes, jnp).reshape(p.shape)
+            return shaping.shape(sign * leaf.view(u), leaf.view(p), lr, leaf.vectors.axes, jnp).reshape(p.shape)
 
-        found = _resolve(shaping, params)
-        free = [None if leaf else LeafConstraint("", shaping, Vectors((), ())) for leaf in found]
-        shaped = map_leaves(shape, updates, params, found)
-        shaped = map_leaves(lambda u, p, leaf: elsewhere(u, lr), shaped, params, free)
+        shaped = map_leaves(shape, updates, params, _resolve(shaping, params), lambda u: free(u, lr))
         return shaped, ShapingState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Transformation(init, update)
 
 
 def _resolve(shaping: Update, params: Any) -> list[LeafConstraint | None]:
-    found = []
-    for leaf in leaves(params):
-        vectors = None if leaf is None else vectors_of(leaf, shaping)
-        found.append(LeafConstraint(leaf.name, shaping, vectors) if leaf is not None and vectors else None)
-    return found
+    return [resolve_leaf(leaf, shaping) for leaf in find_leaves(params)]
 
 
-def _decayed(inner: optax.GradientTransformation, params: Any, axis: Axis) -> list[str]:
-    """Names of the parameters that `inner` moves without a gradient; asked of a small tree of the same structure."""
+def _find_decayed(inner: optax.GradientTransformation, params: Any, axis: Axis) -> list[str]:
+    """Names of the matrices that `inner` moves without a gradient, found with a small tree of the same structure."""
     with jax.ensure_compile_time_eval():
-        small = jax.tree.map(
-            lambda p: p if absent(p) else jnp.ones([min(n, 2) for n in jnp.shape(p)]), params, is_leaf=absent
-        )
+        small = jax.tree.map(lambda p: jnp.ones([min(n, 2) for n in jnp.shape(p)]), params)
         updates, _ = inner.update(jax.tree.map(jnp.zeros_like, small), inner.init(small), small)
-        moved = [not absent(u) and bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates, is_leaf=absent)]
-    found = _resolve(RelativeUpdate(axis), params)
-    return [leaf.name for leaf, m in zip(found, moved, strict=True) if leaf and m]
+        moves = [not is_absent(u) and bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates, is_leaf=is_absent)]
+    leaves = _resolve(RelativeUpdate(axis), params)
+    return [leaf.name for leaf, m in zip(leaves, moves, strict=True) if leaf and m]

@@ -1,7 +1,7 @@
-"""What is done so that XLA is fast and exact. Each trick names what makes it needed.
+"""What makes a projection fast and exact under XLA. Each trick names its reason, and the test that fails without it.
 
-XLA adds in an order of its own (it merges the reference's blocks). Measured on a CPU a norm errs by less than 5 units
-for up to 1,000,000 entries, where `projgd.sums.guard` allows for 36.
+XLA adds in an order of its own, and merges the blocks of `projgd.sums.tree_sum`. Measured on a CPU, a norm errs by less
+than 5 units for up to 1,000,000 entries, where `projgd.sums.guard` allows for 36 (`test_xla_sums_within_the_guard`).
 """
 
 from __future__ import annotations
@@ -21,103 +21,108 @@ from projgd.sums import float_type, root
 
 finfo: Any = jnp.finfo  # has no types
 
-LARGE = 2**20  # bytes of weights that are worth waiting for
-FAR = {"float32": 76, "float64": 560}  # the squares of numbers 2^-FAR as large never overflow
-USUAL = {"float32": 40, "float64": 300}  # no square that counts of a norm above 2^-USUAL underflows
+LARGE = 2**20
+"""Bytes of a parameter from which on it is worth waiting for the parameter before it."""
+
+FAR = {"float32": 2.0**76, "float64": 2.0**560}
+"""Entries this much smaller or larger have squares that do not over- or underflow."""
+
+SHORT = {"float32": 2.0**-40, "float64": 2.0**-300}
+"""Above this norm, all entries whose squares underflow change the norm by less than rounding does."""
 
 
-def project_leaf(x: jax.Array, leaf: LeafConstraint, *, first: bool = False, moved: bool = True) -> Projected:
-    """Project `x`, as `Constraint.onto` does, but that subnormal numbers may become 0, as in XLA's sums.
+def project_leaf(x: jax.Array, leaf: LeafConstraint, *, moved: bool = True) -> tuple[jax.Array, jax.Array | None]:
+    """Project an array as `Constraint.onto` does, but subnormal numbers may become 0, as in XLA's sums.
+
+    * One plain sum of squares serves all norms but those whose squares over- or underflow. On a CPU these vectors have
+      a branch of their own, which saves a pass over the weights, and nothing else is in it, because XLA runs a branch
+      on one core. Elsewhere a branch would make the device wait for the host, and XLA takes all sums in one pass
+      (`test_only_a_cpu_branches`).
+    * Eager arrays take no branch, because it would be compiled at every call (`test_an_eager_call_compiles_nothing`).
+    * The array keeps its shape, because XLA copies what is reshaped before it writes it into the donated weights
+      (`test_memory_of_a_step`). So a `Split` axis takes the reference.
 
     Args:
-        x: the array, of the parameter's shape.
-        leaf: its constraint and vectors.
-        first: whether the branch for vectors whose squares overflow comes before the others are scaled, or after.
-        moved: as in `Constraint.onto`.
+        x: the array, in the parameter's shape.
+        leaf: the parameter's constraint and vectors.
+        moved: whether a step has just moved the weights, as in `Constraint.onto`.
+
+    Returns:
+        The projected array; and the factors of the vectors, or None if the reference projected them.
+
+    Raises:
+        ValueError: inside `jax.shard_map`, a set that has no fast form for vectors that are split over devices.
     """
-    vectors = leaf.vectors
-    band = leaf.constraint.band(float_type(x), _whole(leaf), moved)
-    if band is not None and band.filled is None and vectors.shape == x.shape and x.size:
-        return _project_by_squares(x, band, partial(_total, leaf), first)
-    if leaf.over:
-        raise ValueError(
-            f"{leaf.name}: {leaf.constraint} in {x.dtype} cannot be split over devices in a shard_map: its entries are "
-            "rounded one by one. With jit and NamedSharding it can, without split_over"
-        )
-    return Projected(leaf.constraint.onto(x.reshape(vectors.shape), vectors.axes, jnp, moved=moved).reshape(x.shape))
-
-
-@dataclass(frozen=True)
-class Projected:
-    """A projected array, and what its vectors were multiplied by where that is known."""
-
-    x: jax.Array
-    factor: jax.Array | None = None
-
-
-def _project_by_squares(x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], first: bool) -> Projected:
-    """Project by one plain sum of squares; vectors whose squares over- or underflow have a branch of their own.
-
-    On a CPU that saves a pass over the weights. Elsewhere a branch would make the device wait for the host, and XLA
-    takes all sums in one pass. Nothing else is in the branch, because XLA runs what is there on one core. It comes
-    last, so that weights that are not donated need no copy to go through it; in a chain first, because XLA holds once
-    what goes through it. Eager arrays take no branch, because compiling it at every call would take longer.
-    """
-    usual = partial(_scale_vectors, band=band, total=total, first=first)
-    everywhere = partial(usual, seldom=lambda flag, rare, *arrays: rare(*arrays))
+    band = leaf.constraint.band(float_type(x), _all_devices(leaf), moved)
+    if band is None or band.filled is not None or leaf.vectors.shape != x.shape or not x.size:
+        if leaf.over:
+            raise ValueError(
+                f"{leaf.name}: {leaf.constraint} in {x.dtype} cannot be split over devices in a shard_map: it does not "
+                "multiply every vector by one factor. With jit and NamedSharding it can, without split_over"
+            )
+        return leaf.constraint.onto(leaf.view(x), leaf.vectors.axes, jnp, moved=moved).reshape(x.shape), None
+    scale = partial(_scale, band=band, total=partial(_total, leaf=leaf))
+    everywhere = partial(scale, seldom=lambda flag, f, *arrays: f(*arrays))
     if not isinstance(x, jax.core.Tracer):
-        return Projected(*everywhere(x))
-    branching = partial(usual, seldom=lambda flag, rare, *arrays: jax.lax.cond(flag, rare, lambda *a: a, *arrays))
-    return Projected(*jax.lax.platform_dependent(x, cpu=branching, default=everywhere))
+        return everywhere(x)
+    branching = partial(scale, seldom=lambda flag, f, *arrays: jax.lax.cond(flag, f, lambda *same: same, *arrays))
+    scaled: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(x, cpu=branching, default=everywhere)
+    return scaled
 
 
-def _scale_vectors(
-    x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], first: bool, seldom: Callable[..., Any]
+def _scale(
+    x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], seldom: Callable[..., Any]
 ) -> tuple[jax.Array, jax.Array]:
-    name = float_type(x).compute
-    shifts = [2.0 ** -FAR[name]] + ([2.0 ** FAR[name]] if _sees_short(band, name) else [])
-    square = total(jnp.square(x.astype(name)))
-    odd = jnp.isinf(square) if len(shifts) == 1 else jnp.isinf(square) | (square < 4.0 ** -USUAL[name])
-    flag, rare = jnp.any(odd), partial(_project_odd, band=band, total=total, shifts=shifts)
-    if first:
-        x, square = seldom(flag, rare, x, square)
-    factor = band.factors(root(jnp.where(odd, 0, square) if not first else square, jnp), jnp)
-    y = jnp.where(factor == 1, x, (x.astype(name) * factor).astype(x.dtype))
-    if not first:
-        y, _ = seldom(flag, rare, y, square)
-    return y, factor
+    """Project by one sum of squares; seldom(flag, f, *arrays) is f(*arrays), and may be the arrays if flag is false.
+
+    The branch comes before the other vectors are scaled, and what follows uses nothing of before, because XLA makes an
+    array that goes through a branch only once (`test_memory_of_a_step`).
+    """
+    w = x.astype(float_type(x).compute)
+    square = total(w * w)
+    x, square = seldom(jnp.any(_shift(square, band) != 1), partial(_scale_odd, band=band, total=total), x, square)
+    factor = band.factors(root(square, jnp), jnp)
+    # Chosen, because XLA takes a subnormal number times 1 for 0 (`test_subnormal_entries_stay`).
+    return jnp.where(factor == 1, x, (x.astype(w.dtype) * factor).astype(x.dtype)), factor
 
 
-def _project_odd(
-    x: jax.Array, square: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], shifts: list[float]
+def _scale_odd(
+    x: jax.Array, square: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Project the vectors whose squares overflow, or underflow where the band sees it, and make the squares 0."""
-    name = float_type(x).compute
-    w = x.astype(name)
-    for shift in shifts:
-        shifted = total(jnp.square(w * shift))
-        odd = (square < 4.0 ** -USUAL[name]) & (shifted > 0) if shift > 1 else jnp.isinf(square) & jnp.isfinite(shifted)
-        norm = root(jnp.where(odd, shifted, 1), jnp)
-        goal = band.goal(norm, jnp, shift)
-        # Chosen, for XLA to keep two products: of two known numbers it makes one, which can be subnormal.
-        y = w * jnp.where(odd, shift, 1) * (goal / shift / norm)
-        x = jnp.where(odd & (goal != norm), (band.pull * y + (1 - band.pull) * w).astype(x.dtype), x)
-    return x, jnp.where(jnp.isinf(square) | (square < 4.0 ** -USUAL[name]), 0, square)
+    """Project the vectors with a shift that is not 1, and set their squares to 0, so that nothing else scales them."""
+    w, shift = x.astype(square.dtype), _shift(square, band)
+    length = root(total((w * shift) * (w * shift)), jnp)
+    norm = length / shift  # infinity, where it is larger than any number: above every band
+    goal = band.goal(norm, jnp)
+    moves = (shift != 1) & (length > 0) & jnp.isfinite(length) & (goal != norm)
+    # Chosen anew, because XLA would hold a product that the sum has, too: a copy of the weights
+    # (`test_memory_of_a_step`).
+    y = w * jnp.where(moves, shift, 1) * (1 / jnp.where(moves, length, 1)) * goal
+    if band.pull != 1:
+        y = band.pull * y + (1 - band.pull) * w
+    return jnp.where(moves, y.astype(x.dtype), x), jnp.where(shift != 1, 0, square)
 
 
-def _sees_short(band: Band, name: str) -> bool:
-    """Whether short vectors must be told apart: the band has a lower bound, or may be as short as they are."""
-    is_ball = isinstance(band.low, float) and band.low == 0
-    return not (is_ball and isinstance(band.high, float) and band.high >= 2.0 ** -USUAL[name])
+def _shift(square: jax.Array, band: Band) -> jax.Array:
+    """Return a power of two: times it, the squares of the entries do not over- or underflow; 1 where it is not needed.
+
+    A norm near a band of extreme numbers is also taken apart, because its factor could over- or underflow.
+    """
+    far, short = FAR[str(square.dtype)], SHORT[str(square.dtype)]
+    is_extreme = (band.high < short) | (band.low > 1 / short)
+    is_short = (square < short**2) & (is_extreme | (band.low > 0))
+    shift = jnp.where(is_short, far, jnp.where(is_extreme, 0.5, 1.0))
+    return jnp.where(jnp.isinf(square), 1 / far, shift).astype(square.dtype)
 
 
-def _total(leaf: LeafConstraint, x: jax.Array) -> jax.Array:
+def _total(x: jax.Array, leaf: LeafConstraint) -> jax.Array:
+    """The sum over each vector, on all devices that it is split over."""
     within = jnp.sum(x, axis=leaf.vectors.axes, keepdims=True)
     return jax.lax.psum(within, leaf.over) if leaf.over else within  # type: ignore[no-untyped-call]
 
 
-def _whole(leaf: LeafConstraint) -> Vectors:
-    """The vectors of an array that are as long as these over all devices."""
+def _all_devices(leaf: LeafConstraint) -> Vectors:
+    """Vectors as long as these are over all devices."""
     shape = list(leaf.vectors.shape)
     if leaf.over:
         shape[max(leaf.vectors.axes, key=shape.__getitem__)] *= jax.lax.axis_size(leaf.over)
@@ -126,77 +131,79 @@ def _whole(leaf: LeafConstraint) -> Vectors:
 
 @dataclass
 class Turns:
-    """`project_leaf` for one leaf after the other, so that XLA need not hold all projected points at once.
+    """Project one parameter after the other, so that XLA need not hold all projected points at once.
 
     Left alone, its scheduler on a CPU makes all of them before it uses the first: a second copy of the weights, in
-    fresh memory. A point that might depend on the factors of the leaf before cannot be made early. What it would depend
-    on, a negative sum of factors, does not occur; a barrier is dropped before XLA schedules.
+    fresh memory (`test_memory_of_a_step`). A point that might depend on the factors of the parameter before cannot be
+    made early. It would depend on them if their sum were negative, which does not occur. (A barrier does not help,
+    because XLA drops it before it schedules.)
     """
 
     factor: jax.Array | None = None
 
     def project(self, x: jax.Array, leaf: LeafConstraint) -> jax.Array:
-        """Project one leaf, after the leaf before."""
-        large = isinstance(x, jax.core.Tracer) and x.size * x.dtype.itemsize >= LARGE
-        if large and self.factor is not None and _varies(self.factor) <= _varies(x):
-            wait = lambda x, factor: jnp.where(jnp.sum(factor) < 0, 0, x)  # noqa: E731
-            x = jax.lax.platform_dependent(x, self.factor, cpu=wait, default=lambda x, factor: x)
-        projected = project_leaf(x, leaf, first=True)
-        if large and projected.factor is not None:
-            self.factor = projected.factor
-        return projected.x
+        """Project the next parameter, as `project_leaf` does."""
+        is_large = isinstance(x, jax.core.Tracer) and x.size * x.dtype.itemsize >= LARGE
+        if is_large and self.factor is not None:
+            waiting = jnp.where(jnp.sum(self.factor) < 0, 0, x)
+            if jax.typeof(waiting) == jax.typeof(x):  # else it depends on more mesh axes (`test_sharded_steps`)
+                x = jax.lax.platform_dependent(x, waiting, cpu=lambda x, waiting: waiting, default=lambda x, waiting: x)
+        y, factor = project_leaf(x, leaf)
+        if is_large and factor is not None:
+            self.factor = factor
+        return y
 
 
-def _varies(x: jax.Array) -> frozenset[str]:
-    """The mesh axes of a shard_map that `x` depends on."""
-    return getattr(jax.typeof(x), "vma", frozenset())
-
-
-def add(p: Any, u: Any) -> jax.Array:
+def add_update(p: Any, u: Any) -> jax.Array:
     """Return p + u as `optax.apply_updates` computes and rounds it."""
-    return rounded(jnp.asarray(p + u).astype(jnp.asarray(p).dtype))
+    return round_to_dtype(jnp.asarray(p + u).astype(jnp.asarray(p).dtype))
 
 
-def rounded(x: jax.Array) -> jax.Array:
-    """Return `x` rounded to its dtype now: inside `jit`, XLA may carry a bfloat16 or float16 on as a float32."""
+def round_to_dtype(x: jax.Array) -> jax.Array:
+    """Return `x`, rounded to its dtype now.
+
+    Inside `jit`, XLA may carry a bfloat16 or float16 on as a float32 (`test_halves_are_rounded_at_once`).
+    """
     if x.dtype.itemsize > 2:
         return x
     kind = finfo(x.dtype)
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
-def as_stored(u: jax.Array) -> jax.Array:
+def store_update(u: jax.Array) -> jax.Array:
     """Return an update as it is when it is stored, even if it is a product.
 
     Inside `jit`, XLA may round -lr * g and p + (-lr * g) at once (a fused multiply-add): then p + u here and p + u in
-    `optax.apply_updates` differ. A choice between two numbers, of which the compiler cannot know that they are equal,
-    stands between; barriers and precision hints are dropped too early.
+    `optax.apply_updates` differ (`test_an_update_that_is_a_product`). A choice between two numbers, of which the
+    compiler cannot know that they are equal, stands between; barriers and precision hints are dropped too early.
     """
     if not jnp.issubdtype(u.dtype, jnp.floating):
         return u
-    u = rounded(u)
+    u = round_to_dtype(u)
     largest = finfo(u.dtype).max
     return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
-    """Return d with |p + d| ≤ |q| entry by entry, and p + d = q wherever some d of `dtype` gives that.
+def take_difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
+    """Return d with |p + d| <= |q| entry by entry, and p + d = q wherever some d of `dtype` gives that.
 
-    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough. Made of q and p alone, for
-    XLA to hold no other copy.
+    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough
+    (`test_the_difference_is_added_without_error`). It is made of q and p alone, so that XLA holds no other copy.
     """
     wide = q.astype(dtype)
-    d = rounded(jnp.where(q == p, jnp.copysign(jnp.zeros_like(wide), wide), wide - p.astype(dtype)))  # inf and -0 stay
-    reached = add(p, d)
+    zero = jnp.copysign(jnp.zeros_like(wide), wide)  # p = q may be infinite, and -0 + 0 is 0
+    d = round_to_dtype(jnp.where(q == p, zero, wide - p.astype(dtype)))
+    reached = add_update(p, d)
     size = 8 * d.dtype.itemsize
     bits, reached_bits = (jax.lax.bitcast_convert_type(x.astype(dtype), f"int{size}") for x in (d, reached))
     away = ((bits ^ reached_bits) >> (size - 1)) | 1  # the step of d that makes |reached| larger: -1 if signs differ
     step = jnp.where(jnp.abs(reached) > jnp.abs(q), -away, away)
     next_d = jax.lax.bitcast_convert_type(bits + step, d.dtype)
-    return jnp.where((reached != q) & (jnp.abs(add(p, next_d)) <= jnp.abs(q)), next_d, d)
+    return jnp.where((reached != q) & (jnp.abs(add_update(p, next_d)) <= jnp.abs(q)), next_d, d)
 
 
-@difference.defjvp
+@take_difference.defjvp
 def _derivative(dtype: Any, at: tuple[Any, Any], along: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    return difference(*at, dtype), along[0].astype(dtype) - along[1].astype(dtype)
+    """The derivative of q - p, which that of the bits is not (`test_a_step_has_the_derivative_of_the_formula`)."""
+    return take_difference(*at, dtype), along[0].astype(dtype) - along[1].astype(dtype)

@@ -1,4 +1,4 @@
-"""The projection as a hook, for an optimizer that exists already."""
+"""Project after every step of an optimizer that exists already, through hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from projgd.torch import layers, routing, settings
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
 
-Chosen = list[list[Constraint | None]]  # the constraint of each parameter, by its place in `optimizer.param_groups`
+Chosen = list[list[Constraint | None]]
+"""The constraint of each parameter, by its position in `optimizer.param_groups`."""
 
 
 def project_after_step(
@@ -28,21 +29,23 @@ def project_after_step(
 ) -> RemovableHandle:
     """Project after every step of an optimizer that exists already; `handle.remove()` ends that.
 
-    Args:
-        optimizer: any optimizer; its state and param groups are left alone.
-        constraint: one for all its parameters, or rules over their names.
-        model: where the names come from, and what one neuron is in each layer (see `param_groups`); parameters of the
-            optimizer that are not in it are left alone. Without it the
-            names are those that the optimizer was given (`model.named_parameters()`), and a weight is read as
-            (out, in, *kernel).
-        without_grad: project also parameters that have no gradient.
-
     A pickle or a deep copy of an optimizer has no hooks, so neither keeps this one: use `projected` there.
 
+    Args:
+        optimizer: any optimizer; its state and its param groups do not change.
+        constraint: one constraint for all its parameters, or rules over their names.
+        model: the module that gives the names and the axes of each layer, see `param_groups`. Parameters of the
+            optimizer that are not in it are free. Default None: the names are those that the optimizer was given
+            (`model.named_parameters()`), and a weight is read as (out, in, *kernel).
+        without_grad: whether parameters without a gradient are projected, too; default False.
+
+    Returns:
+        A handle, whose `remove()` removes the hooks.
+
     Raises:
-        TypeError: not an optimizer or a constraint, or a parameter whose dtype has no projection.
-        ValueError: a rule that matches nothing or holds nothing, an axis that a parameter does not have, rules without
-            names.
+        TypeError: an object that is not an optimizer or not a constraint, or a parameter whose dtype has no projection.
+        ValueError: a rule that matches or holds nothing, an axis that a parameter does not have, rules without names,
+            or `Sphere("initial")`, whose radii only a `Projected` optimizer can keep.
 
     >>> from projgd import MaxNorm
     >>> layer = torch.nn.Linear(3, 2)
@@ -52,6 +55,7 @@ def project_after_step(
     >>> opt.step()
     >>> bool((layer.weight.norm(dim=1) <= 1.0).all())
     True
+    >>> handle.remove()
     """
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise TypeError(
@@ -59,7 +63,7 @@ def project_after_step(
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
         )
     chosen = _choose(optimizer, constraint, model)
-    seen: list[list[int]] = []  # once more at the first step: the model may have been wrapped since
+    seen: list[list[int]] = []  # empty, so that the first step checks again: the model may be wrapped before it
     parts: list[tuple[Constraint, list[torch.Tensor]]] = []
     router, options = routing.Router(), {"without_grad": without_grad}
 
@@ -68,7 +72,7 @@ def project_after_step(
         if (now := _tensors(optimizer)) != seen:
             if list(map(len, now)) != list(map(len, chosen)):
                 chosen = _choose(optimizer, constraint, model)
-            _check(optimizer, chosen)  # before the step writes anything
+            _check(optimizer, chosen)  # an error must come before the step writes anything
             seen, parts = now, _by_constraint(optimizer, chosen)
             router.clear()
         forget_written_tables()
@@ -86,7 +90,10 @@ def project_after_step(
 
 
 def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Chosen:
-    """By places, not by tensors: a wrapper such as Accelerate's for FSDP2 puts other tensors there later."""
+    """Return the constraint of each parameter, by its position in the param groups.
+
+    Positions outlive tensors: a wrapper such as Accelerate's for FSDP2 later puts other tensors there.
+    """
     if not isinstance(constraint, (Constraint, Mapping)):
         raise TypeError(
             f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
@@ -128,11 +135,12 @@ def _by_constraint(optimizer: Optimizer, chosen: Chosen) -> list[tuple[Constrain
 
 
 def _tensors(optimizer: Optimizer) -> list[list[int]]:
+    """Return the ids of the parameters, group by group."""
     return [list(map(id, group["params"])) for group in optimizer.param_groups]
 
 
 def _check(optimizer: Optimizer, chosen: Chosen) -> dict[str, bool]:
-    """Refuse a constraint that cannot be applied; return whether each parameter, by name, has vectors to hold."""
+    """Raise an error if a constraint cannot be applied; return by name whether a parameter has vectors to hold."""
     held = {}
     for i, (group, constraints) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         for (name, p), own in zip(settings.named(group, i).items(), constraints, strict=True):

@@ -1,4 +1,4 @@
-"""Hyperball: any optimizer with the weights of every matrix on a sphere, and updates of a fixed angle."""
+"""Make Hyperball optimizers: the weights of every matrix on a sphere, and updates of a fixed angle."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _made: dict[type[Optimizer], type[Projected]] = {}
 
 
 def hyperball(cls: type[Optimizer]) -> type[Projected]:
-    """Return the optimizer class `cls` as Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖ for every matrix.
+    """Return the optimizer class `cls` as Hyperball: W ← R · Norm(W - η R · Norm(u)), R = ‖W₀‖, for every matrix.
 
-    u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, scheduled as ever.
-    In other words: `projected(cls)` with `constraint=Sphere("initial", axis="matrix")`, `update=RelativeUpdate()` and
-    no weight decay, whose work of holding the norm the sphere does. Biases and gains, and groups with
-    `constraint=None`, take the step of `cls` itself.
+    u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, which may follow a
+    schedule. The class is `projected(cls)` with `constraint=Sphere("initial", axis="matrix")`,
+    `update=RelativeUpdate()` and no weight decay, because the sphere holds the norm already. Biases and gains, and
+    groups with `constraint=None`, take the step of `cls` itself.
 
     Args:
         cls: an optimizer class with an `lr`.
@@ -29,6 +29,7 @@ def hyperball(cls: type[Optimizer]) -> type[Projected]:
         A class whose constructor takes what that of `cls` takes.
 
     Raises:
+        TypeError: an object that is not an optimizer class.
         ValueError: when the optimizer is made: a `weight_decay` for the matrices; a matrix that starts at zero, as
             residual projections often do, and so has no radius.
 
@@ -50,6 +51,7 @@ def hyperball(cls: type[Optimizer]) -> type[Projected]:
 
 
 def _make(cls: type[Optimizer]) -> type[Projected]:
+    """Return a new Hyperball class over `cls`."""
     base: Any = projected(cls)
     takes = inspect.signature(cls).parameters
 
@@ -68,12 +70,15 @@ def _make(cls: type[Optimizer]) -> type[Projected]:
         base.__init__(self, params, *args, **kwargs, **fixed)
 
     def reduce_ex(self: Projected, protocol: Any) -> Any:
+        if type(self) is not hyperball(cls):  # a subclass that somebody wrote: found by its own name
+            return base.__reduce_ex__(self, protocol)
         return _make_blank, (cls,), self.__getstate__()
 
-    body = {"__init__": init, "__reduce_ex__": reduce_ex, "__doc__": f"Hyperball over `{cls.__qualname__}`."}
-    return cast("type[Projected]", type(f"Hyperball{cls.__name__}", (base,), {**body, "__module__": cls.__module__}))
+    body = {"__init__": init, "__reduce_ex__": reduce_ex, "__doc__": f"Run Hyperball over `{cls.__qualname__}`."}
+    return cast("type[Projected]", type(f"Hyperball{cls.__name__}", (base,), {**body, "__module__": base.__module__}))
 
 
 def _make_blank(cls: type[Optimizer]) -> Projected:
+    """Return an empty Hyperball optimizer, for unpickling."""
     made = hyperball(cls)
     return made.__new__(made)

@@ -1,7 +1,7 @@
-"""Which weights enter one neuron, layer by layer of torch.nn, and the param groups that follow.
+"""Find the weights that enter one neuron in each layer of torch.nn, and make param groups of them.
 
-A neuron's fan-in is what the arithmetic says: the weights that one pre-activation output unit depends on. A unit of a
-convolution is one channel, at all positions. A token's vector is one vector of an embedding.
+A neuron's fan-in is the set of weights that one pre-activation output unit depends on. A unit of a convolution is one
+channel, at all positions. In an embedding, one vector is that of one token.
 """
 
 from __future__ import annotations
@@ -37,27 +37,26 @@ OUT_FIRST = (
 
 
 def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_options: Any) -> list[dict[str, Any]]:
-    """Param groups of a projected optimizer, with the axes that each layer's own arithmetic asks for.
+    """Return the param groups of a projected optimizer, with the axes that each layer's arithmetic needs.
 
-    They are for `projected(…)` classes: any other optimizer takes them and ignores the constraint in them, as torch
-    does with all keys that it does not know.
+    The groups are for `Projected` optimizers. Any other optimizer takes them and ignores the constraint in them, as
+    torch does with all keys that it does not know.
 
     Args:
         model: any module.
-        constraint: one for all weights of the model (biases and norm layers are free), or rules: patterns over
-            the names of `model.named_parameters()`, the first match wins and what none matches is free. An explicit
-            axis in a constraint is taken as it stands; "fan_in" is the layer's.
+        constraint: one constraint for all weights of the model (biases and norm layers are free), or rules: patterns
+            over the names of `model.named_parameters()`. The first match wins, and a name that no pattern matches is
+            free. An explicit axis in a constraint wins over the layer's; `"fan_in"` is the layer's.
         **group_options: other keys for every group, such as `lr` or `weight_decay`.
 
     Returns:
-        One group for each distinct constraint and one for the free parameters, in the order of the model. A weight
-        that several layers share appears once.
+        One group for each distinct constraint and one for the free parameters, in the order of the model. A weight that
+        several layers share appears once.
 
     Raises:
-        TypeError: not a module, not a constraint, or a parameter whose dtype has no projection.
-        ValueError: a rule that matches no parameter, none with a fan-in, or only those of rules before it; an axis that
-            a parameter does not have; a lazy layer that has not run yet; a weight shared by layers whose arithmetic
-            differs.
+        TypeError: an object that is not a module or not a constraint, or a parameter whose dtype has no projection.
+        ValueError: a rule that matches no parameter, none with a fan-in, or only those of earlier rules; an axis that a
+            parameter does not have; a lazy layer that has not run yet; a weight shared by layers whose axes differ.
 
     Warns:
         UserWarning: a parametrized weight, where a bound on the tensor that the optimizer owns is not one on the
@@ -88,7 +87,21 @@ def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_optio
 
 
 def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, Constraint | None]:
-    """The constraint of every parameter of `model`, its axes those of the layer; raises and warns as `param_groups`."""
+    """Return the constraint of every parameter of a model, with the axes of its layer.
+
+    Args:
+        model: any module.
+        constraint: one constraint for all weights, or rules, as in `param_groups`.
+
+    Returns:
+        The constraint of every parameter by its name; None for a free one.
+
+    Raises:
+        TypeError, ValueError: as `param_groups`.
+
+    Warns:
+        UserWarning: as `param_groups`.
+    """
     places: dict[str, list[_Place]] = {}
     first = {id(p): name for name, p in model.named_parameters()}
     for place in _places(model):
@@ -107,27 +120,47 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
 
 
 def fan_in(layer: nn.Module, name: str, ndim: int) -> tuple[int, ...] | Split | None:
-    """Over which axes of the parameter `name` of `layer` the weights of one neuron lie; None where it has no fan-in."""
+    """Return the axes of a parameter along which the weights of one neuron lie; None for a parameter without a fan-in.
+
+    Args:
+        layer: the layer that the parameter belongs to.
+        name: the parameter's name in the layer.
+        ndim: its number of axes.
+
+    Returns:
+        Non-negative axes, a `Split` for grouped transposed convolutions, or None.
+
+    >>> fan_in(nn.ConvTranspose2d(4, 6, 3), "weight", 4)
+    (0, 2, 3)
+    """
     if ndim < 2 or name.startswith("bias") or isinstance(layer, FREE):
         return None
-    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, *kernel), the groups laid along `in`
+    if isinstance(layer, _ConvTransposeNd):  # the weight is (in, out / groups, *kernel), with the groups along `in`
         if layer.groups == 1:
             return (0, *range(2, ndim))
         return Split(0, layer.groups, (1, *range(3, ndim + 1)))
-    if _is_conv1d_of_transformers(layer):  # GPT-2's linear layer, (in, out)
+    if _is_conv1d_of_transformers(layer):  # GPT-2's linear layer stores (in, out)
         return (0,)
     return tuple(range(1, ndim))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A parameter in one layer of the model; a shared one has several places."""
+    """Describe a parameter in one layer of the model; a shared parameter has several places.
 
-    name: str  # in the model
+    Attributes:
+        name: its name in the model.
+        param: the parameter.
+        layer: the layer.
+        own_name: its name in the layer; for a parametrized tensor, the name of that tensor.
+        indirect: whether the layer computes its weight from it, so that a bound on it is not one on the weight.
+    """
+
+    name: str
     param: nn.Parameter
     layer: nn.Module
-    own_name: str  # in the layer: of a parametrized tensor, that tensor's
-    indirect: bool = False  # something is made from it, and a bound on it is no bound on that
+    own_name: str
+    indirect: bool = False
 
     @property
     def known(self) -> bool:
@@ -135,6 +168,7 @@ class _Place:
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
+    """Yield every parameter in every layer that has it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         for own_name, p in module._parameters.items():
@@ -149,23 +183,25 @@ def _places(model: nn.Module) -> Iterator[_Place]:
             else:
                 made = (
                     own_name.removesuffix("_orig").removesuffix("_g").removesuffix("_v")
-                )  # torch.nn.utils' older ways
+                )  # the suffixes of torch.nn.utils' older functions
                 old_way = made != own_name and hasattr(module, made) and not hasattr(module, f"{made}_mask")
                 yield _Place(name, p, module, own_name, old_way)
 
 
 def _fan_in(place: _Place) -> tuple[int, ...] | Split | None:
+    """Return the fan-in of a place; a lazy weight counts as a matrix."""
     ndim = 2 if is_lazy(place.param) and "bias" not in place.own_name else place.param.ndim
     return fan_in(place.layer, place.own_name, ndim)
 
 
 def _is_gain(module: ParametrizationList, own_name: str) -> bool:
-    """Whether a parametrized tensor is weight_norm's g: the norms themselves of the rows of the weight."""
+    """Return whether a parametrized tensor is weight_norm's g, which holds the norms of the weight's rows."""
     made_by = module[0]
     return own_name == "original0" and type(made_by).__name__ == "_WeightNorm" and bool(made_by.dim == 0)
 
 
 def _wanted(constraint: Constraint | Rules, places: Mapping[str, list[_Place]]) -> dict[str, Constraint | None]:
+    """Return the constraint that the user wants for every parameter, before its layer decides the axes."""
     if isinstance(constraint, Constraint):
         return {name: None if all(_fan_in(p) is None for p in here) else constraint for name, here in places.items()}
     if not isinstance(constraint, Mapping):
@@ -180,6 +216,7 @@ def _wanted(constraint: Constraint | Rules, places: Mapping[str, list[_Place]]) 
 
 
 def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | None:
+    """Return a constraint with the axes of the layers in which its parameter is."""
     if own is None or own.axis != "fan_in":
         return own
     found = {_fan_in(p) for p in places}
@@ -192,13 +229,14 @@ def _with_axis(own: Constraint | None, places: list[_Place]) -> Constraint | Non
     if axis is None:
         return None
     if axis == tuple(range(1, places[0].param.ndim)):
-        return own  # what "fan_in" says of any array: layers of all ranks in one group
+        return own  # layers of all ranks then share one group
     return own.replace(axis=axis)
 
 
 def _warn(
     places: Mapping[str, list[_Place]], wanted: Mapping[str, Constraint | None], chosen: Mapping[str, Constraint | None]
 ) -> None:
+    """Warn of constraints on tensors that are not effective weights, and of unknown layers."""
     held = [(name, p) for name, here in places.items() for p in here if chosen[name] is not None]
     if indirect := [name for name, p in held if p.indirect]:
         warnings.warn(
@@ -219,4 +257,5 @@ def _is_fan_in(constraint: Constraint | None) -> bool:
 
 
 def _is_conv1d_of_transformers(layer: nn.Module) -> bool:
+    """Return whether a layer is the `Conv1D` of the transformers library."""
     return any((c.__module__, c.__qualname__) == ("transformers.pytorch_utils", "Conv1D") for c in type(layer).__mro__)

@@ -1,7 +1,7 @@
-"""The diagonal D that each optimizer divides its step by, read from its state: the metric of `metric="adaptive"`.
+"""Read from an optimizer's state the diagonal D that it divides its step by: the metric of `metric="adaptive"`.
 
-An entry of `DIAGONALS` says what D was in the step that has just been taken, up to one positive factor for a whole
-tensor. Momentum and decoupled weight decay move the point that is projected, not D.
+An entry of `DIAGONALS` returns the D of the step that the optimizer has just taken, up to one positive factor for a
+whole tensor. Momentum and decoupled weight decay move the point that is projected, not D.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from projgd.constraints import Constraint
 State = Mapping[str, Any]
 Group = Mapping[str, Any]
 Pick = Callable[[Tensor], Tensor]
-"""Some of the rows of a tensor that has the parameter's shape."""
+"""A function that returns some of the rows of a tensor of the parameter's shape."""
 
 
 class Metric(Protocol):
-    """From a parameter to the diagonal D that its step was divided by, or some rows of it; None for the identity."""
+    """Return the diagonal D that a parameter's step was divided by, or some of its rows; None for the identity."""
 
     def __call__(self, p: Tensor, /, pick: Pick | None = None) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """D of one parameter, from its state after the step and its param group.
+    """Describe how to compute D of one parameter from its state after the step and its param group.
 
-    Args:
+    Attributes:
         of: `(state, group) -> D`, a non-negative tensor of the parameter's shape.
         needs: the entries of the state that `of` reads.
-        before: those of them that are handed over as they were before the step, because the step overwrites them.
+        before: the entries that `of` needs as they were before the step, because the step overwrites them.
         entrywise: whether an entry of D depends only on the same entry of the state's tensors.
     """
 
@@ -47,7 +47,14 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class OfStep:
-    """The `Metric` of the step that a group has just taken."""
+    """Compute the `Metric` of the step that a group has just taken.
+
+    Attributes:
+        diagonal: how to compute D.
+        state: the optimizer's state.
+        group: the param group.
+        kept: copies of entries of the state from before the step.
+    """
 
     diagonal: Diagonal
     state: Mapping[Tensor, State]
@@ -55,7 +62,8 @@ class OfStep:
     kept: Mapping[Tensor, State]
 
     def __call__(self, p: Tensor, /, pick: Pick | None = None) -> Tensor | None:
-        if not self.state.get(p):  # never stepped: no metric yet
+        """Return D of a parameter, or some of its rows; None for a parameter that was never stepped."""
+        if not self.state.get(p):  # a parameter that was never stepped has no metric
             return None
         state = {**self.state[p], **self.kept.get(p, {})}
         if pick is not None and self.diagonal.entrywise:
@@ -67,15 +75,18 @@ class OfStep:
 def register_metric(
     cls: type[Optimizer], of: Callable[[State, Group], Tensor], needs: Iterable[str] = (), before: Iterable[str] = ()
 ) -> None:
-    """Tell what diagonal D an optimizer class steps by, so that it can have `metric="adaptive"`.
+    """Register the diagonal D that an optimizer class divides its step by, so that it can have `metric="adaptive"`.
 
     Args:
-        cls: the class; its subclasses that do not define `step` themselves have the same diagonal.
+        cls: the class. Its subclasses that do not define `step` themselves have the same diagonal.
         of: `(state, group) -> D`, for a step x - α D⁻¹ m: `state` is `optimizer.state[p]` after the step, D a
-            non-negative tensor of the shape of `p`. One positive factor for the whole of it does not matter; where an
-            epsilon is added does.
-        needs: names of the entries that `of` reads, for a clear error where a checkpoint lacks them.
-        before: those that `of` wants as they were before the step (copied; zeros in the first one).
+            non-negative tensor of the shape of `p`. One positive factor for the whole of D does not matter; the
+            position of an epsilon in it does.
+        needs: the names of the entries that `of` reads, for a clear error if a checkpoint lacks them; default none.
+        before: the entries that `of` needs as they were before the step (copied; zeros in the first one); default none.
+
+    Raises:
+        TypeError: an object that is not an optimizer class.
 
     >>> class Scaled(torch.optim.Adam):
     ...     def step(self, closure=None):
@@ -89,10 +100,16 @@ def register_metric(
 
 
 def diagonal_of(cls: type[Optimizer]) -> Diagonal | None:
-    """The `Diagonal` of an optimizer class; None where D is the identity.
+    """Return the `Diagonal` of an optimizer class; None where D is the identity.
+
+    Args:
+        cls: an optimizer class, without the projection.
+
+    Returns:
+        The entry of `DIAGONALS` for the class that defines its `step`.
 
     Raises:
-        ValueError: an optimizer whose step is no diagonal times a momentum, or is not known.
+        ValueError: an optimizer whose step is not a diagonal times a momentum, or is not known.
     """
     for base in cls.__mro__:
         if base in DIAGONALS:
@@ -107,7 +124,16 @@ def diagonal_of(cls: type[Optimizer]) -> Diagonal | None:
 
 
 def check(constraint: Constraint | None, metric: Any, cls: type[Optimizer]) -> None:
-    """Raise ValueError for a metric that is not known, or that the set or the optimizer does not have."""
+    """Raise an error for a metric that is not known, or that the constraint or the optimizer does not have.
+
+    Args:
+        constraint: the constraint of the group; None for a free group.
+        metric: what the user passed as `metric=`.
+        cls: the optimizer class, without the projection.
+
+    Raises:
+        ValueError: such a metric.
+    """
     if constraint is not None:
         constraint.check_metric(metric)
     if metric == "adaptive":
@@ -115,7 +141,16 @@ def check(constraint: Constraint | None, metric: Any, cls: type[Optimizer]) -> N
 
 
 def check_state(state: State, group: Group, cls: type[Optimizer]) -> None:
-    """Raise ValueError for the state of another optimizer, from which D cannot be read."""
+    """Raise an error for the state of another optimizer, from which D cannot be read.
+
+    Args:
+        state: the state of one parameter; an empty one passes.
+        group: its param group.
+        cls: the optimizer class, without the projection.
+
+    Raises:
+        ValueError: an entry that D needs is missing.
+    """
     diagonal = diagonal_of(cls) if group.get("metric") == "adaptive" else None
     if diagonal and state and (missing := [k for k in diagonal.needs if k not in state]):
         raise ValueError(
@@ -125,7 +160,15 @@ def check_state(state: State, group: Group, cls: type[Optimizer]) -> None:
 
 
 def before_step(optimizer: Optimizer, cls: type[Optimizer]) -> dict[Tensor, dict[str, Any]]:
-    """Copies of the state that the coming step will overwrite though D needs it."""
+    """Return copies of the state that the next step will overwrite although D needs it.
+
+    Args:
+        optimizer: the optimizer.
+        cls: its class, without the projection.
+
+    Returns:
+        Entries of the state by name, for each parameter; zeros for a parameter without a state.
+    """
     kept: dict[Tensor, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         diagonal = diagonal_of(cls) if group["metric"] == "adaptive" else None
@@ -139,7 +182,17 @@ def before_step(optimizer: Optimizer, cls: type[Optimizer]) -> dict[Tensor, dict
 def after_step(
     optimizer: Optimizer, cls: type[Optimizer], group: Group, kept: Mapping[Tensor, dict[str, Any]]
 ) -> OfStep | None:
-    """The metric of the step that the group has just taken; None where that is the identity."""
+    """Return the metric of the step that a group has just taken; None where it is the identity.
+
+    Args:
+        optimizer: the optimizer.
+        cls: its class, without the projection.
+        group: the param group.
+        kept: what `before_step` returned.
+
+    Returns:
+        The metric, or None.
+    """
     diagonal = diagonal_of(cls) if group["metric"] == "adaptive" else None
     if diagonal is None:
         return None
@@ -147,12 +200,13 @@ def after_step(
 
 
 def _wide(t: Any) -> Tensor:
+    """Return a tensor in float32 if it is of a 16-bit type."""
     wide: Tensor = t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
     return wide
 
 
 def _correction(state: State, beta: Any) -> Any:
-    """1 - βᵗ, without waiting for a step count that lives on an accelerator."""
+    """Return 1 - βᵗ, without waiting for a step count that is on an accelerator."""
     step = state["step"]
     if isinstance(step, Tensor) and step.device.type == "cpu" and not torch.compiler.is_compiling():
         step = step.item()
@@ -165,12 +219,16 @@ def _root(name: str) -> Callable[[State, Group], Tensor]:
 
 
 def _adam(state: State, group: Group) -> Tensor:
+    """Return √(v̂) + ε, with the largest v so far under `amsgrad`."""
     v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
     return _wide(v).sqrt() / _correction(state, group["betas"][1]) ** 0.5 + group["eps"]  # type: ignore[no-any-return]
 
 
 def _radam(state: State, group: Group) -> Tensor:
-    """The variance rectification (Liu et al. 2020) switches the denominator on once ρ_t > 5; before, D is 1."""
+    """Return D of RAdam: √v + ε once ρ_t > 5, and 1 before.
+
+    The variance rectification (Liu et al. 2020) divides by the root only then.
+    """
     beta = group["betas"][1]
     correction = _correction(state, beta)
     longest = 2 / (1 - beta) - 1
@@ -180,18 +238,19 @@ def _radam(state: State, group: Group) -> Tensor:
 
 
 def _rmsprop(state: State, group: Group) -> Tensor:
+    """Return √v + ε, where a centered v is the variance."""
     v = _wide(state["square_avg"]) - (_wide(state["grad_avg"]) ** 2 if group["centered"] else 0)
     return v.sqrt() + group["eps"]  # type: ignore[no-any-return]
 
 
 def _adadelta(state: State, group: Group) -> Tensor:
-    """The step is √(Δ + ε) / √(v + ε) times the gradient, with Δ from before the step."""
+    """Return √(v + ε) / √(Δ + ε), with Δ from before the step."""
     ratio: Tensor = (_wide(state["square_avg"]) + group["eps"]) / (_wide(state["acc_delta"]) + group["eps"])
     return ratio.sqrt()
 
 
 def _adafactor(state: State, group: Group) -> Tensor:
-    """The rank-one estimate that the step divides by is a diagonal like any other."""
+    """Return the root of Adafactor's rank-one estimate, which the step divides by."""
     small = group["eps"][0]
     row, col = state.get("row_var"), state.get("col_var")
     if small is None:

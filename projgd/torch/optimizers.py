@@ -1,7 +1,7 @@
-"""Any `torch.optim.Optimizer` with a projection after its step.
+"""Add a projection to any `torch.optim.Optimizer`.
 
-A step goes straight down: settings (only if a group has changed), routes (only if settings, tensors or memory have
-changed), `engine.run`.
+A step first adopts changed settings (only if a group has changed), then finds the routes (only if settings, tensors or
+memory have changed), and then calls `engine.run`.
 """
 
 from __future__ import annotations
@@ -26,27 +26,55 @@ from projgd.torch.radii import KEY, Radii
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
 
-# Keys that schedulers, loggers and layer-wise decay keep in a group, beside those of the optimizer itself.
+# Schedulers, loggers and layer-wise decay keep these keys in a group, so they are not misspelt options.
 _FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "swa_lr", "min_lr", "max_lr", "lr_scale"}
 _FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 
-# The decorator that sets the grad mode around the steps of torch.optim; it breaks a compiled graph on purpose.
+# This decorator sets the grad mode around the steps of torch.optim. It breaks a compiled graph on purpose, so
+# `_run_inner` calls the step without it there.
 _BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
 
-_NOT_GIVEN: Any = ...  # for a setting, None says something
+_NOT_GIVEN: Any = ...  # None is a value of several settings
 _made: dict[type[Optimizer], type[Projected]] = {}
 
 
 class Projected(Optimizer):
-    """What `projected` puts in front of an optimizer class: settings in its groups, a projection after its step.
+    """Run an optimizer of torch.optim, then project the parameters: w ← Π(w + shape(inner update)).
 
-    A subclass may have a `step` of its own. If that does not call `super().step()`, what it did is projected all the
-    same.
+    This is the base class of all projected optimizers. `projgd.torch.projected(cls)` puts it in front of an optimizer
+    class, and `projgd.torch` has the result for each class of torch.optim by name, such as `ProjectedSGD`. A subclass
+    may define `step`. If that does not call `super().step()`, the parameters are projected after it all the same.
+
+    Every setting below may stand in a param group, too, where it wins over the constructor's. Between steps it may be
+    changed there, like `lr`.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs or param groups, as torch.optim takes them; see also `param_groups`.
+        *args, **kwargs: the options of the inner optimizer, such as `lr`.
+        c: the max-norm bound, short for `constraint=MaxNorm(c, axis)`; default None, no bound.
+        axis: the axes that make one vector, beside `c`; default `"fan_in"`.
+        constraint: the set that is projected onto; default None, which leaves the group free.
+        update: how the inner optimizer's update is shaped before the projection; default None, no shaping.
+        gradient: `"tangent"` removes from `p.grad`, in place, what would change the norm; default None.
+        metric: `"euclidean"`, the default, projects in the plain norm; `"adaptive"` in the norm Σ D_i w_i² of the
+            diagonal D that the optimizer divides its step by.
+        without_grad: whether parameters without a gradient are projected, too; default False.
+        engine: the name of the engine to use, see `routes`; default None, the best one. This is not a group's setting.
+
+    Raises:
+        TypeError: a constraint or an update that is not one, or a parameter that cannot be projected.
+        ValueError: settings that disagree, an axis that a parameter does not have, a metric that the optimizer does not
+            have, or an engine that cannot project a parameter.
+
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> opt = projected(torch.optim.SGD)(layer.parameters(), lr=0.1, c=0.1)
+    >>> isinstance(opt, Projected) and isinstance(opt, torch.optim.SGD)
+    True
     """
 
     inner: ClassVar[type[Optimizer]]
-    __signature__: ClassVar[inspect.Signature]  # what help() shows
-    _seen: tuple[Snapshot, ...] = ()  # the groups as they were when they were last checked
+    __signature__: ClassVar[inspect.Signature]  # help() shows this one
+    _seen: tuple[Snapshot, ...] = ()  # a group that still equals its snapshot needs no check
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,7 +83,7 @@ class Projected(Optimizer):
         own = f"Projected{cls.inner.__name__}"
         if Projected in cls.__bases__ and cls.__name__ == own:
             name = f"{cls.inner.__module__}.{cls.inner.__qualname__}"
-            cls.__doc__ = cls.__doc__ or f"`{name}` with a projection after every step; see `projgd.torch.projected`."
+            cls.__doc__ = cls.__doc__ or f"Run `{name}`, then project the parameters; see `projgd.torch.Projected`."
             _made.setdefault(cls.inner, cls)
         cls.__signature__ = _signature(cls)
         step: Any = _unhooked(cls.step)
@@ -80,7 +108,7 @@ class Projected(Optimizer):
         own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
-        self._has_projected: bool | None = False  # None while a step runs that may not come to it
+        self._has_projected: bool | None = False  # None while a subclass's step runs that may not project
         self._engine = engine
         if engine is not None and engine not in routing.NAMES:
             raise ValueError(f"engine={engine!r} is not known: pass one of {', '.join(routing.NAMES)}, or None")
@@ -96,16 +124,23 @@ class Projected(Optimizer):
         """Add a group, with settings of its own or the constructor's.
 
         Args:
-            param_group: `params`, and any of the optimizer's options, `c`, `axis`, `constraint`, `update`, `gradient`,
-                `metric` and `without_grad`.
+            param_group: a dict with `params`, and any of the optimizer's options, `c`, `axis`, `constraint`, `update`,
+                `gradient`, `metric` and `without_grad`.
 
         Raises:
-            TypeError, ValueError: what `projgd` or the optimizer cannot do; nothing is added then.
+            TypeError, ValueError: a setting that `projgd` or the optimizer cannot apply, or an unknown key. The group
+                is not added then.
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> opt = projected(torch.optim.SGD)([layer.weight], lr=0.1, c=4.0)
+        >>> opt.add_param_group({"params": [layer.bias], "lr": 0.01, "c": None})
+        >>> [group["c"] for group in opt.param_groups]
+        [4.0, None]
         """
         group = dict(param_group)
         group["params"] = as_list(group["params"])
         known = {*settings.KEYS, *self.defaults, *_FOREIGN_KEYS}
-        # An optimizer without defaults keeps all that it knows in its groups: what is unknown to it cannot be told.
+        # An optimizer without defaults keeps all its options in its groups, so no key can be called unknown.
         if self.defaults.keys() - settings.KEYS and (unknown := sorted(set(group) - known)):
             near = _nearest(unknown[0], known)
             raise ValueError(
@@ -123,23 +158,31 @@ class Projected(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the inner optimizer's step, then project the parameters.
 
-        The inner `step` is called without torch's wrapper that runs the hooks: this method has that wrapper itself, so
-        every hook runs once, and a post-hook sees the projected weights.
+        This method has torch's wrapper that runs the hooks, and calls the inner `step` without it. So every hook runs
+        once, and a post-hook sees the projected weights.
 
         Args:
-            closure: re-evaluates the model and returns the loss.
+            closure: re-evaluates the model and returns the loss; default None.
             *args, **kwargs: passed on to the inner step.
 
         Returns:
             What the inner step returned: that loss, or None.
 
         Raises:
-            TypeError, ValueError: a setting was changed in a group to what cannot be done; nothing is written then.
+            TypeError, ValueError: a setting that was changed in a group and cannot be applied. No parameter is written
+                then.
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> opt = projected(torch.optim.SGD)(layer.parameters(), lr=0.1, c=0.1)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> opt.step()
+        >>> bool((layer.weight.norm(dim=1) <= 0.1).all())
+        True
         """
         self._adopt_changes()
         compiled = torch.compiler.is_compiling()
         may_step = not (args or kwargs or compiled) and routing.may_step(self.inner, self.param_groups)
-        if not compiled:  # a compiled graph has no sparse gradients
+        if not compiled:  # sparse gradients do not occur in a compiled graph
             forget_written_tables()
         if not may_step:
             kept = metrics.before_step(self, self.inner)
@@ -158,10 +201,16 @@ class Projected(Optimizer):
         return loss
 
     def routes(self, compiled: bool = False) -> routing.Routes:
-        """Return the engine that projects each parameter, and what the engines that are tried before it say.
+        """Return the engine that projects each parameter, and why the engines before it in the table do not.
 
         Args:
-            compiled: whether to answer for a step inside of torch.compile.
+            compiled: whether to answer for a step inside of torch.compile; default False.
+
+        Returns:
+            A dict from each parameter's name to its `Choice`; `print` shows one line for each.
+
+        Raises:
+            TypeError, ValueError: a setting that was changed in a group and cannot be applied.
 
         >>> layer = torch.nn.Linear(3, 2)
         >>> opt = projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0)
@@ -192,13 +241,14 @@ class Projected(Optimizer):
             with torch.set_grad_enabled(differentiable):
                 return inner.__wrapped__(*given, **kwargs)
 
-        self._all_radii()  # of the weights as they are before the step
+        self._all_radii()  # radii belong to the weights before the step
         if not any(shaping.is_shaped(group) for group in optimizer.param_groups):
             return call(closure)
         spare = {} if torch.compiler.is_compiling() else self._spare
         return shaping.step(self.inner, optimizer.param_groups, spare, call, closure)
 
     def _project(self, kept: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Project the parameters after a step of the inner optimizer."""
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             self._run(self._routes(kept, may_step=False))
 
@@ -248,11 +298,11 @@ class Projected(Optimizer):
         return {}
 
     def _adopt_changes(self) -> None:
-        """Check what has been changed in the groups since they were last seen, and let it hold from now on."""
+        """Check the settings that have changed in the groups since the last call, and use them from now on."""
         if len(self._seen) != len(self.param_groups) or not all(map(Snapshot.still, self._seen, self.param_groups)):
             self._adopt_changed_settings()
         if self._has_projected is False and not torch.compiler.is_compiling():
-            for i, group in enumerate(self.param_groups):  # once more: the model may have been wrapped since
+            for i, group in enumerate(self.param_groups):  # a wrapper may have replaced the parameters since
                 settings.check(settings.constraint_of(group), settings.named(group, i), group["metric"])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -293,6 +343,7 @@ class Projected(Optimizer):
             routing.check_forced(self, {**self.defaults, **group}, named, self._engine)
 
     def _refuse_misspelt(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError for an option that neither the optimizer nor projgd knows, if a known one is similar."""
         takes = inspect.signature(self.inner).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             return
@@ -301,7 +352,11 @@ class Projected(Optimizer):
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}{near}")
 
     def _refuse_other_tensors(self, params: Any) -> None:
-        """An optimizer that steps copies of the weights in another precision, or all of them in one, hides them."""
+        """Raise TypeError if the optimizer steps tensors other than those that it was given.
+
+        Some optimizers step copies of the weights in another precision, or one tensor that holds all of them. The
+        weights of the model would not be projected then.
+        """
         given = set(map(id, _tensors(params)))
         if any(id(p) not in given for p in _in_order(self.param_groups)):
             raise TypeError(
@@ -310,25 +365,49 @@ class Projected(Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state in plain types: sets and shapings as their `config`, radii under "initial".
+        """Return the optimizer's state in plain types.
+
+        Constraints and updates are stored as their `config`. The radii of `Sphere("initial")` are in the parameters'
+        state, under `"initial"`.
 
         Returns:
             A dict that `torch.save` writes and `torch.load(weights_only=True)` reads.
+
+        Raises:
+            TypeError, ValueError: a setting that was changed in a group and cannot be applied.
+
+        >>> from projgd import UnitNorm
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> opt = projected(torch.optim.SGD)(layer.parameters(), lr=0.1, constraint=UnitNorm())
+        >>> opt.state_dict()["param_groups"][0]["constraint"]
+        {'kind': 'UnitNorm', 'axis': 'fan_in'}
         """
         self._adopt_changes()
         self._radii.store()
         state = super().state_dict()
         groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
         if any(KEY in s for s in of_param.values() if isinstance(s, dict)):
-            # torch.distributed.checkpoint wants a state of all parameters or of none
+            # torch.distributed.checkpoint takes a state of all parameters or of none
             of_param = {**{i: {} for i in _in_order(groups)}, **of_param}
         return {**state, "state": of_param, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state from this class or from the stock optimizer; the latter keeps the present constraints.
+        """Load the state of this class or of the stock optimizer.
+
+        A state of the stock optimizer has no settings of projgd, so the groups keep those that they have.
+
+        Args:
+            state_dict: what `state_dict()` returned.
 
         Raises:
-            TypeError, ValueError: a setting in it that cannot be honoured; nothing is loaded then.
+            TypeError, ValueError: a setting in it that cannot be applied, or other groups. The state is not loaded
+                then.
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> opt = projected(torch.optim.SGD)(layer.parameters(), lr=0.1, c=4.0)
+        >>> opt.load_state_dict(torch.optim.SGD(layer.parameters(), lr=0.5).state_dict())
+        >>> opt.param_groups[0]["lr"], opt.param_groups[0]["c"]
+        (0.5, 4.0)
         """
         self._adopt_changes()
         waiting = {p: r for p in _in_order(self.param_groups) if (r := self._radii.get(p)) is not None}
@@ -340,11 +419,11 @@ class Projected(Optimizer):
                     self._check({**group, "params": present["params"]}, settings.named(present, i))
                 for k in group["params"]:
                     metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
-                if "constraint" in s:  # not of a stock optimizer: where it has no radius, no step has moved the weights
+                if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights
                     for p in present["params"]:
                         waiting.pop(p, None)
         of_param = {i: dict(s) for i, s in state_dict["state"].items()}
-        initial = {i: s.pop(KEY) for i, s in of_param.items() if KEY in s}  # torch would round to p.dtype
+        initial = {i: s.pop(KEY) for i, s in of_param.items() if KEY in s}  # torch would round them to p.dtype
         of_param = {i: s for i, s in of_param.items() if s}
         super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
         self._radii.replace(waiting)
@@ -355,29 +434,41 @@ class Projected(Optimizer):
         self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What torch keeps, and what the inner class's constructor set beside it: torch drops that from copies."""
+        """Return what torch keeps, and the attributes that the inner class's constructor set.
+
+        Torch drops these attributes from copies.
+        """
         self._adopt_changes()
         self._radii.store()
         made_with = {k: vars(self)[k] for k in self._made_with}
         return {**super().__getstate__(), **made_with, "_made_with": self._made_with}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not projected(self.inner):  # a subclass that somebody wrote: found by its own name
+        if type(self) is not projected(self.inner):  # pickle finds a user's subclass by its name
             return super().__reduce_ex__(protocol)
         return _blank, (self.inner,), self.__getstate__()
 
 
 def projected(cls: type[Optimizer]) -> type[Projected]:
-    """The optimizer class `cls` with a projection after every step.
+    """Return the optimizer class `cls` with a projection after every step.
 
-    The class returned takes everything that `cls` takes, and for all groups or in each group: `c=` (with `axis=`), the
-    max-norm bound; or `constraint=`; `c=None` frees a group. `update=` first shapes the optimizer's update against the
-    weights, and `gradient="tangent"` removes from the gradient what would change the norm (in place, in `p.grad`). A
-    group's own setting wins over the constructor's.
+    The new class takes every option of `cls`, and the settings of `Projected` for all groups or in each: `c=` (with
+    `axis=`) or `constraint=`, `update=`, `gradient=`, `metric=`, `without_grad=`. `c=None` frees a group.
 
-    `metric="adaptive"` projects in the norm Σ D_i w_i² of the diagonal D that the optimizer divides its step by, which
-    it must to end at the constrained optimum; `"euclidean"`, the default, in the plain norm. D is known for Adam,
-    AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop, Adadelta, Adafactor and SparseAdam; `register_metric` adds to them.
+    `metric="adaptive"` projects in the norm of the diagonal that the optimizer divides its step by. The optimizer then
+    ends at the constrained optimum; with the Euclidean projection an adaptive optimizer does not. The diagonal is known
+    for Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop, Adadelta, Adafactor and SparseAdam; `register_metric` adds
+    others.
+
+    Args:
+        cls: a `torch.optim.Optimizer` class, of torch or of another library.
+
+    Returns:
+        A subclass of `Projected` and of `cls`; the same one at every call.
+
+    Raises:
+        TypeError: an object that is not an optimizer class, or a class with an option of its own named `c`, `axis`,
+            `constraint`, `update`, `gradient`, `metric` or `without_grad`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -386,6 +477,10 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
     >>> opt.step()
     >>> bool((layer.weight.norm(dim=1) <= 1.0).all())
     True
+
+    References:
+        J. Duchi, E. Hazan, Y. Singer, *Adaptive subgradient methods for online learning and stochastic optimization*,
+        JMLR 12, 2011, section 1 (the projection in the metric).
     """
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"projected() takes a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
@@ -400,26 +495,28 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
 
 
 def _blank(cls: type[Optimizer]) -> Projected:
+    """Return an empty projected optimizer, for unpickling."""
     made = projected(cls)
     return made.__new__(made)
 
 
 def _in_order(groups: Iterable[dict[str, Any]]) -> list[Any]:
+    """Return the parameters of all groups in one list."""
     return [p for group in groups for p in group["params"]]
 
 
 def as_list(params: Any) -> Any:
-    """`params` with its iterators read, so that it can be read again."""
+    """Return `params` with its iterators as lists, so that it can be read more than once."""
     if isinstance(params, Mapping):
         own = params.get("params")
         return params if own is None or isinstance(own, set) else {**params, "params": as_list(own)}
     if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
-        return params  # torch's own errors are clear here
+        return params  # torch raises a clear error for these
     return [as_list(p) if isinstance(p, Mapping) else p for p in params]
 
 
 def _tensors(params: Any) -> list[Any]:
-    """All that is in `params`, in whatever form an optimizer takes it."""
+    """Return all tensors in `params`, in whatever form an optimizer takes them."""
     if isinstance(params, Mapping):
         return _tensors(params["params"])
     if isinstance(params, tuple):
@@ -428,12 +525,16 @@ def _tensors(params: Any) -> list[Any]:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word nearest to `word`; an empty string if none is near."""
     near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
     return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _signature(cls: type[Projected]) -> inspect.Signature:
-    """What the constructor takes: of a class that has none of its own, what the inner one takes, and the settings."""
+    """Return the constructor's signature, for `help()`.
+
+    A class without a constructor of its own takes what the inner class takes, and the settings.
+    """
     own = list(inspect.signature(cls.__init__).parameters.values())[1:]
     if cls.__init__ is Projected.__init__:
         settings_only = [p for p in own if p.kind is p.KEYWORD_ONLY]
@@ -442,12 +543,12 @@ def _signature(cls: type[Projected]) -> inspect.Signature:
 
 
 def _unhooked(step: Any) -> Any:
-    """A `step` without the wrapper that torch puts around it."""
+    """Return a `step` without the wrapper that torch puts around it."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def _then_projected(step: Any) -> Any:
-    """The step of a subclass, with the projection after it where it has not called `Projected.step`."""
+    """Return a subclass's step with a projection after it, unless it calls `Projected.step` itself."""
 
     @functools.wraps(step)
     def stepped(self: Projected, *args: Any, **kwargs: Any) -> Any:

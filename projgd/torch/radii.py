@@ -1,7 +1,7 @@
-"""What sets have taken from the initial weights, such as the radii of `Sphere("initial")`.
+"""Keep what sets have taken from the initial weights, such as the radii of `Sphere("initial")`.
 
-They belong into the optimizer's state, where checkpoints keep them. But a parameter with a radius there and nothing
-else would not look new to the optimizer, which would then not make its own state. So they wait here until it has.
+The radii belong into the optimizer's state, where checkpoints keep them. But an optimizer makes its own state only for
+a parameter whose state is empty. So the radii wait here until the optimizer has made it.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from projgd.constraints import Constraint
 from projgd.torch.shaping import take_initial
 
 KEY = "initial"
-"""Under this name they stand in the state of a parameter."""
+"""The key of the radii in the state of a parameter."""
 
 
 class Radii:
-    """The initial norms of one optimizer's parameters.
+    """Keep the initial norms of one optimizer's parameters.
 
     Attributes:
-        waiting: those that are not in the optimizer's state yet, by parameter.
+        waiting: the radii that are not in the optimizer's state yet, by parameter.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self.waiting: dict[Tensor, Tensor] = {}
-        self._stepped: set[int] = set()  # ids of those of them that have been stepped, perhaps without getting a state
+        self._stepped: set[int] = set()  # ids of stepped parameters; some optimizers make no state
         self._known: dict[Tensor, Tensor] | None = None
 
     def get(self, p: Tensor) -> Tensor | None:
         """Return the radii of a parameter; None if none were taken."""
-        if p in self.waiting and torch.compiler.is_compiling():  # which must not see a state before the optimizer does
+        if p in self.waiting and torch.compiler.is_compiling():  # the tracer must not see a new state
             return self.waiting[p]
         state = self._optimizer.state.get(p, {})
         return state[KEY] if KEY in state else self.waiting.get(p)
 
     def take(self, constraint: Constraint | None, named: Mapping[str, Tensor]) -> None:
-        """Take what a set needs from the weights as they are now."""
+        """Take what a set needs from the current weights."""
         self.add(take_initial(constraint, named))
 
     def add(self, taken: Mapping[Tensor, Tensor]) -> None:
-        """Let radii that were taken wait for the state of their parameters."""
+        """Let radii wait for the state of their parameters."""
         self.waiting |= taken
         self._known = None
 
@@ -56,14 +56,23 @@ class Radii:
         self._known = None
 
     def keep_only(self, held: set[int]) -> None:
-        """Forget parameters that the optimizer no longer has; `held` are the ids of those that it has."""
+        """Forget parameters that the optimizer no longer has; `held` are the ids of the others."""
         self.waiting = {p: radius for p, radius in self.waiting.items() if id(p) in held}
         self._stepped &= held
         self._known = None
 
     def all_of(self, groups: Iterable[tuple[Constraint | None, Mapping[str, Tensor]]]) -> dict[Tensor, Tensor]:
-        """Return the radii of all groups, taking them now for parameters that were put into a group behind
-        `add_param_group`, as Accelerate does with those that it shards."""
+        """Return the radii of all groups.
+
+        A parameter that was put into a group without `add_param_group`, as Accelerate does with parameters that it
+        shards, has its radii taken now.
+
+        Args:
+            groups: the constraint and the parameters by name, for each group.
+
+        Returns:
+            The radii by parameter.
+        """
         if self._known is None or torch.compiler.is_compiling():
             found: dict[Tensor, Tensor] = {}
             for constraint, named in groups:
@@ -78,16 +87,16 @@ class Radii:
         return self._known
 
     def note_step(self) -> None:
-        """Note which of the parameters whose radii wait have been stepped."""
+        """Note which parameters with waiting radii have been stepped."""
         if len(self._stepped) < len(self.waiting):
             self._stepped |= {id(p) for p in self.waiting if p.grad is not None}
 
     def store(self) -> None:
-        """Put them into the state of every parameter that has one, or that was stepped without getting one."""
+        """Put the radii into the state of every parameter that has one, or was stepped without getting one."""
         for p in list(self.waiting):
             if self._optimizer.state.get(p) or id(p) in self._stepped:
                 self._optimizer.state[p][KEY] = self.waiting.pop(p)
 
     def replace(self, waiting: dict[Tensor, Tensor]) -> None:
-        """Start anew after a checkpoint was loaded, with those that it does not have."""
+        """Start again after a checkpoint was loaded, with the radii that it does not have."""
         self.waiting, self._stepped, self._known = waiting, set(), None

@@ -1,6 +1,6 @@
-"""The one table of engines: which engine takes which parameter, and why.
+"""Choose the engine of each parameter from one table, and say why.
 
-The same question to the same engines makes the routes of a step and the report that the user reads.
+One function makes the routes of a step and the report that the user reads, so that the two cannot differ.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from projgd.torch.engines.base import PLAIN, Engine, Job, form_of_gradients, is_alike
+from projgd.torch import metrics
+from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -26,27 +27,24 @@ from projgd.torch.settings import constraint_of
 from projgd.torch.shaping import take_initial
 
 WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
-"""Engines that take any tensor: parameters, some rows of one, or what one rank holds."""
+"""The engines that take any tensor: a parameter, some of its rows, or the part that one rank holds."""
 
 ENGINES: tuple[Engine, ...] = (Cpu(), Triton(), Graph(), Rows(WITHIN), Ranks(WITHIN), *WITHIN)
 """All engines, best first. The first that does not refuse a parameter takes it."""
 
 NAMES = tuple(e.name for e in (ENGINES[0], ENGINES[1], *WITHIN))
-"""What `engine=` may be: the others depend on the step, not on a wish."""
-
-STEPPED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers whose update some engine runs."""
+"""The values of `engine=`; the step alone decides about the other engines."""
 
 FREE = "free"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a parameter is projected.
+    """Describe how a parameter is projected.
 
     Attributes:
-        engine: the engine that takes it; "free" where nothing of it is projected.
-        refusals: what the engines that are tried before it say.
+        engine: the name of the engine that takes it; `"free"` for a parameter that is not projected.
+        refusals: why the engines before it in the table do not take it, by name.
 
     >>> print(Choice("eager", {"cpu": "fused=True was not passed"}))
     eager (cpu: fused=True was not passed)
@@ -61,7 +59,12 @@ class Choice:
 
 
 class Routes(dict[str, Choice]):
-    """The `Choice` of every parameter by its name; `print` shows one line for each."""
+    """Hold the `Choice` of every parameter by its name; `print` shows one line for each.
+
+    >>> print(Routes({"0.weight": Choice("eager", {"cpu": "fused=True was not passed"}), "0.bias": Choice("free", {})}))
+    0.weight  eager (cpu: fused=True was not passed)
+    0.bias    free
+    """
 
     def __str__(self) -> str:
         width = max(map(len, self), default=0)
@@ -70,7 +73,14 @@ class Routes(dict[str, Choice]):
 
 @dataclass(frozen=True)
 class Route:
-    """Parameters that one engine takes, and what it has prepared for them."""
+    """Hold the parameters that one engine takes, and what it has prepared for them.
+
+    Attributes:
+        engine: the engine.
+        params: the parameters.
+        prepared: what `engine.prepare` returned.
+        memory: what `engine.memory` returned; None in a compiled step.
+    """
 
     engine: Engine
     params: list[Tensor]
@@ -83,15 +93,18 @@ class Route:
 
 
 def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str, str]]:
-    """Return the engine that takes `p`, and what those tried before it say; None where nothing is projected.
+    """Return the engine that takes a parameter, and why the engines before it in the table do not.
 
     Args:
-        job: what the param group asks for.
+        job: the job of the param group.
         p: one of its parameters.
         may_step: whether an engine may run the optimizer's update for it.
 
+    Returns:
+        The engine, or None for a free parameter; and the reasons by the engine's name.
+
     Raises:
-        ValueError: the engine that the user asks for refuses the parameter.
+        ValueError: the engine that the user names refuses the parameter.
     """
     refusals: dict[str, str] = {}
     is_free = job.vectors(p) is None
@@ -113,7 +126,14 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
 def make_routes(job: Job, may_step: bool) -> list[Route]:
     """Return the routes of a job: one for each engine that takes some of its parameters.
 
-    Projected are the parameters that have a gradient, or all where the group says `without_grad`.
+    The parameters that have a gradient are projected, or all of them if the group says `without_grad`.
+
+    Args:
+        job: the job of the param group.
+        may_step: whether an engine may run the optimizer's update.
+
+    Returns:
+        The routes, each with what its engine has prepared.
     """
     taken: dict[Engine, list[Tensor]] = {}
     for p in job.params:
@@ -129,30 +149,34 @@ def make_routes(job: Job, may_step: bool) -> list[Route]:
 
 
 def may_step(inner: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an engine may run the optimizer's update in some group."""
+    """Return whether an engine may run the optimizer's update in some group."""
     return inner in STEPPED and any(group.get("fused") for group in groups)
 
 
 def project(work: Iterable[tuple[Job, Route]]) -> None:
-    """Run the engines that only project; on a CPU nothing is projected in a step that GradScaler skips."""
+    """Run the engines that only project; on a CPU skip them in a step that GradScaler skips."""
     for job, route in work:
         if not (route.engine.steps or is_skipped(job.skip)):
             route.run(job)
 
 
 def is_skipped(skip: Tensor | None) -> bool:
-    """Whether GradScaler is known to skip the step. On an accelerator the engines decide: asking would wait."""
+    """Return whether GradScaler is known to skip the step; on an accelerator the engines read the flag."""
     return (
         skip is not None and skip.device.type == "cpu" and not torch.compiler.is_compiling() and bool(skip.item() > 0)
     )
 
 
 def step(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer | None:
-    """Run the engines that step, and return the optimizer for the parameters that they leave.
+    """Run the engines that step, and return an optimizer for the other parameters.
+
+    Args:
+        work: jobs and their routes.
+        optimizer: the optimizer.
 
     Returns:
         A view of `optimizer` without the parameters that were stepped; None if none with a gradient remains. The view
-        shares everything but its param groups with the optimizer, whose own groups nobody sees changed.
+        shares everything with the optimizer but its param groups, so the optimizer's own groups do not change.
     """
     stepped: list[Tensor] = []
     for job, route in work:
@@ -172,12 +196,13 @@ def step(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer |
 
 
 def _without(optimizer: Optimizer, group: Mapping[str, Any], stepped: set[int]) -> dict[str, Any]:
-    """A group without some parameters, stepped by torch's own fused kernels only where they are sound."""
+    """Return a group without some parameters; torch's fused kernels step the rest only where they are sound."""
     kept = [j for j, p in enumerate(group["params"]) if id(p) not in stepped]
     params = [p for p in (group["params"][j] for j in kept) if p.grad is not None]
-    is_scaled = getattr(optimizer, "found_inf", None) is not None  # only fused kernels know what GradScaler asks for
+    is_scaled = getattr(optimizer, "found_inf", None) is not None  # only fused kernels support GradScaler's found_inf
     is_sound = all(_is_sound(optimizer, p) for p in params)
-    starts = {optimizer.state.get(p, {}).get("momentum_buffer") is None for p in params}  # that of SGD takes one kind
+    # Fused SGD needs momentum buffers for all parameters or for none.
+    starts = {optimizer.state.get(p, {}).get("momentum_buffer") is None for p in params}
     return {
         **group,
         "fused": bool(group.get("fused")) and (is_scaled or (len(starts) < 2 and is_sound)),
@@ -186,10 +211,10 @@ def _without(optimizer: Optimizer, group: Mapping[str, Any], stepped: set[int]) 
 
 
 def _is_sound(optimizer: Optimizer, p: Tensor) -> bool:
-    """Whether torch's fused kernel may step p.
+    """Return whether torch's fused kernel may step p.
 
-    On a CPU (torch 2.13) that for SGD in bfloat16 is wrong by a tenth of the update, float16 was seen to give NaN, and
-    gradients and states are read as if they lay in memory as p does.
+    On a CPU (torch 2.13) the fused SGD in bfloat16 is wrong by a tenth of the update, float16 was seen to give NaN, and
+    the kernel reads gradients and states as if they had the memory layout of p.
     """
     if p.device.type != "cpu":
         return True
@@ -199,11 +224,22 @@ def _is_sound(optimizer: Optimizer, p: Tensor) -> bool:
 
 
 def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[str, Tensor], engine: str) -> None:
-    """Raise ValueError for the engine that the user asks for if it refuses a parameter, naming it and the reason."""
+    """Raise an error if the engine that the user names refuses a parameter.
+
+    Args:
+        optimizer: the optimizer.
+        group: the param group.
+        named: its parameters by name.
+        engine: the name of the engine.
+
+    Raises:
+        ValueError: the parameter's name and the engine's reason.
+    """
     constraint = constraint_of(group)
     inner = getattr(optimizer, "inner", type(optimizer))
     radii = take_initial(constraint, named)
-    job = Job(optimizer, inner, group, constraint, radii=radii, forced=engine)
+    metric = metrics.after_step(optimizer, inner, group, {})
+    job = Job(optimizer, inner, group, constraint, metric, radii, forced=engine)
     with torch.no_grad():
         for name, p in named.items():
             try:
@@ -213,17 +249,25 @@ def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[
 
 
 class Router:
-    """The routes of the last step, made anew only where settings, tensors or memory have changed."""
+    """Keep the routes of the last step, and make them anew if settings, tensors or memory have changed."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
 
     def clear(self) -> None:
-        """Forget all routes: settings or parameters have changed."""
+        """Forget all routes, because settings or parameters have changed."""
         self._known.clear()
 
     def routes(self, jobs: Sequence[Job], may_step: bool) -> list[tuple[Job, Route]]:
-        """Return the routes of jobs, each with its job."""
+        """Return the routes of jobs.
+
+        Args:
+            jobs: the jobs of a step, always in the order of the param groups.
+            may_step: whether an engine may run the optimizer's update.
+
+        Returns:
+            Pairs of a job and a route.
+        """
         found = []
         for i, job in enumerate(jobs):
             known = self._known.get(i)
@@ -235,13 +279,13 @@ class Router:
 
 @dataclass(frozen=True)
 class _Known:
-    """The routes of a job, and what they depend on beside settings and memory.
+    """Hold the routes of a job, and what they depend on besides settings and memory.
 
     Attributes:
         routes: the routes.
         situation: whether an engine may step, and whether a GradScaler scales.
-        others: the parameters that no engine takes now, but may take when they get a gradient, or another.
-        forms: what their gradients are.
+        others: the parameters without an engine, which may get one together with a new gradient.
+        forms: the forms of their gradients.
     """
 
     routes: list[Route]

@@ -1,8 +1,9 @@
-"""What a param group says about its projection: `c`, `axis`, `constraint`, `update`, `gradient`, `metric`, and
-`without_grad`, whether parameters without a gradient are projected too.
+"""Read what a param group says about its projection.
 
-`c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the group as a number that may be
-moved during training, like `lr`; where `constraint` is given, its own `c`, if it has one, stands there.
+The keys are `c`, `axis`, `constraint`, `update`, `gradient`, `metric`, and `without_grad`, whether parameters without a
+gradient are projected, too. `c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the
+group as a number that may change during training, like `lr`. If `constraint` is given and has a `c`, that one is in the
+group.
 """
 
 from __future__ import annotations
@@ -30,20 +31,26 @@ KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad
 
 
 def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
-    """All `KEYS` of a group, from what it says itself and, where it is silent, from the constructor's settings.
+    """Return all `KEYS` of a group: its own values, and the constructor's for the keys that it does not have.
+
+    Args:
+        own: the group.
+        inherited: the constructor's settings.
+
+    Returns:
+        The settings, checked.
 
     Raises:
-        TypeError: a constraint that is none.
-        ValueError: `c` and `constraint` both, `axis` beside `constraint` or beside nothing, or an unknown update or
-            metric.
+        TypeError: a constraint, an update or a `without_grad` that is not one.
+        ValueError: both `c` and `constraint`, an `axis` beside `constraint`, or an unknown gradient or metric.
     """
     given = {k: _made(own[k]) for k in KEYS if k in own}
-    # A group of a projected optimizer has all keys, and is taken over as it stands.
+    # A group of a projected optimizer has all keys already.
     settings = given if len(given) == len(KEYS) else _merged(given, inherited)
     settings["axis"] = axes.check(settings["axis"])
     if isinstance(settings["constraint"], Constraint):
         _agree(settings, settings["constraint"])
-    constraint_of(settings)  # c, axis and constraint are checked by making the constraint in force
+    constraint_of(settings)  # making the constraint in force checks c, axis and constraint
     if settings["update"] is not None and not isinstance(settings["update"], Update):
         raise TypeError(
             f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "
@@ -59,6 +66,7 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
 
 
 def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's own settings, with the constructor's for what it does not say."""
     if given.get("c") is not None and given.get("constraint") is not None:
         raise ValueError(f"pass c={given['c']} or constraint={given['constraint']}, not both")
     if given.get("constraint") is not None and "axis" in given:
@@ -72,22 +80,22 @@ def _merged(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
             settings["c"], settings["axis"] = _c_and_axis(settings["constraint"])
     if "axis" in given:
         settings["axis"] = given["axis"]
-        if settings["constraint"] is not None:  # the constructor's set, with this group's axis
+        if settings["constraint"] is not None:  # the group keeps the constructor's set, with its own axis
             settings["constraint"] = settings["constraint"].replace(axis=given["axis"])
     if ("c" in given or "constraint" in given) and settings["c"] is None and settings["constraint"] is None:
-        settings |= {"update": None, "gradient": None}  # a freed group is the inner optimizer's own
+        settings |= {"update": None, "gradient": None}  # a freed group takes the inner optimizer's step
     settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
     return settings
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A param group as it was when it was checked.
+    """Describe a param group as it was when it was checked.
 
     Attributes:
         group: the group itself.
         settings: its settings.
-        params: ids of its parameters; a wrapper that puts others in their place wants the old ones gone.
+        params: the ids of its parameters, because a wrapper that replaces them wants the old ones freed.
         constraint: the constraint in force.
     """
 
@@ -98,17 +106,17 @@ class Snapshot:
 
     @classmethod
     def of(cls, group: dict[str, Any], own: Mapping[str, Any] | None = None) -> Snapshot:
-        """Return the group as it is now, with the settings `own` if they are not in it as they are."""
+        """Return a snapshot of the group as it is now, with the settings `own` if they are given."""
         known = {k: (own or group)[k] for k in KEYS}
         return cls(group, known, list(map(id, group["params"])), constraint_of(known))
 
     def has(self, params: list[torch.Tensor]) -> bool:
-        """Whether these are the parameters."""
+        """Return whether these are the parameters of the snapshot."""
         return list(map(id, params)) == self.params
 
     def still(self, group: Mapping[str, Any]) -> bool:
-        """Whether `group` is this one, unchanged."""
-        if torch.compiler.is_compiling():  # which watches the parameters itself, and follows c
+        """Return whether `group` is the group of the snapshot, and unchanged."""
+        if torch.compiler.is_compiling():  # it watches the parameters itself, and follows c
             now = constraint_of(group)
             same = self.group is group and not moved(group, self.settings, KEYS[1:])
             return same and (is_usual(now) or now == self.constraint)
@@ -116,20 +124,36 @@ class Snapshot:
 
 
 def moved(group: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str] = KEYS) -> set[str]:
-    """The keys under which a group has something else than `known`; a number in an array may always have moved."""
+    """Return the keys whose values in a group differ from `known`.
+
+    Args:
+        group: the param group.
+        known: its settings when it was last checked.
+        keys: the keys to compare; default all `KEYS`.
+
+    Returns:
+        The names of the keys. A number in an array always counts as changed, because it may be written in place.
+    """
     same = map(operator.is_, map(group.get, keys), map(known.get, keys))
     if type(known["c"]) in (float, int, NoneType) and all(same):
-        return set()  # at nearly every step
+        return set()  # this is quick, because nearly every step comes here
     return {k for k in keys if not _same(group.get(k, ...), known[k])}
 
 
 def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a group in a running optimizer, in which some have been changed since they were `known`.
+    """Return all settings of a group in a running optimizer, after some have been changed.
 
-    A set that has been replaced brings its own c and axis; a c or an axis that has been moved goes into the set.
+    A new set brings its own c and axis. A c or an axis that was changed goes into the set.
+
+    Args:
+        group: the param group.
+        known: its settings when it was last checked.
+
+    Returns:
+        The settings, checked.
 
     Raises:
-        TypeError, ValueError: as `settle`; and where several changes disagree.
+        TypeError, ValueError: as `settle`; and changes that disagree.
     """
     changed = {k: _made(group[k]) for k in moved(group, known)}
     settings = {**known, **changed}
@@ -149,13 +173,21 @@ def adopt(group: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_lone_axis(own: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError for an `axis` that somebody has passed, where none of the groups that it is for has a set."""
+    """Raise an error for an `axis` that somebody has passed, if none of its groups has a constraint.
+
+    Args:
+        own: the settings that were passed.
+        groups: the param groups that they are for.
+
+    Raises:
+        ValueError: such an axis.
+    """
     if "axis" in own and not own.keys() & {"c", "constraint"} and all(constraint_of(g) is None for g in groups):
         raise ValueError(f"axis={own['axis']!r} alone holds nothing: pass c= with it, such as c=4.0")
 
 
 def _agree(settings: dict[str, Any], constraint: Constraint) -> None:
-    """Refuse a c or an axis beside a set that has another; fill in its c where none is given."""
+    """Raise an error for a c or an axis that differs from the set's; fill in the set's c if none is given."""
     c, axis = _c_and_axis(constraint)
     if settings["c"] is None:
         settings["c"] = c
@@ -167,24 +199,36 @@ def _agree(settings: dict[str, Any], constraint: Constraint) -> None:
 
 
 def _c_and_axis(constraint: Constraint | None) -> tuple[Any, Any]:
-    """The c and the axis that stand in a group beside a set; a set of entries has none, and leaves the default."""
-    if not isinstance(constraint, Constraint):  # `constraint_of` refuses what is neither
+    """Return the c and the axis that a group has beside a set; a set of entries has the default axis."""
+    if not isinstance(constraint, Constraint):  # `constraint_of` raises an error for other types
         return None, "fan_in"
     return constraint.moving_c, "fan_in" if constraint.axis == "entries" else constraint.axis
 
 
 def _made(value: Any) -> Any:
-    """A set or a shaping that lies in a group as its `config`, where a checkpoint was copied into it."""
+    """Return a set or an update that a group holds as its `config`, from a copied checkpoint, as an object."""
     return from_config(dict(value)) if isinstance(value, Mapping) and "kind" in value else value
 
 
 def _same(a: Any, b: Any) -> bool:
-    plain = type(a) in (float, int) or not hasattr(a, "__array__")  # what has one may be written to
+    """Return whether two values are equal for certain; an array may be written in place, so it never is."""
+    plain = type(a) in (float, int) or not hasattr(a, "__array__")  # an array may be written in place
     return type(a) is type(b) and plain and bool(a == b)
 
 
 def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
-    """The constraint in force in a group now: its `c` may have moved since the group was made."""
+    """Return the constraint in force in a group; its `c` may have changed since the group was made.
+
+    Args:
+        group: the param group.
+
+    Returns:
+        The constraint; None for a free group.
+
+    Raises:
+        TypeError: a constraint that is not one.
+        ValueError: a `c` beside a constraint without one, or a `c` that is not positive and finite.
+    """
     constraint, c = group["constraint"], group["c"]
     if constraint is None:
         return None if c is None else MaxNorm(c, group["axis"])
@@ -202,13 +246,30 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
 
 
 def vectors_of_update(group: Mapping[str, Any], p: torch.Tensor, name: str = "the array") -> Vectors | None:
-    """The vectors of a parameter that the group's update is shaped along; None where it comes as it is."""
+    """Return the vectors along which a group shapes the update of a parameter.
+
+    Args:
+        group: the param group.
+        p: the parameter.
+        name: its name, for errors; default `"the array"`.
+
+    Returns:
+        The vectors; None if the update stays as it is.
+
+    Raises:
+        ValueError: an axis that the parameter does not have, or vectors that differ from those of the constraint.
+    """
     update: Update | None = group["update"]
     return None if update is None else update.resolve(tuple(p.shape), "out_first", name, constraint_of(group))
 
 
 def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], metric: str = "euclidean") -> None:
     """Raise an error that names the parameter if a constraint cannot be applied to it.
+
+    Args:
+        constraint: the constraint; None passes.
+        params: the parameters by name.
+        metric: `"euclidean"`, the default, or `"adaptive"`.
 
     Raises:
         TypeError: a parameter that is not a dense floating-point tensor of a known dtype.
@@ -227,19 +288,27 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             )
         vectors = constraint.resolve(tuple(p.shape), "out_first", name)
         if vectors is not None and not constraint.takes_initial:
-            constraint.band(kind, vectors)  # refuses a bound that is too small for the dtype
+            constraint.band(kind, vectors)  # raises an error for a bound that is too small for the dtype
         if ranks.is_dtensor(p):
             ranks.check_sharding(p, constraint, metric, name)
 
 
 def is_usual(constraint: Constraint | None) -> bool:
-    """Whether the c of a constraint, if it has one, is far from the ends of every dtype: it then moves freely."""
+    """Return whether a constraint has no c, or one far from the ends of every dtype, which needs no check."""
     c = None if constraint is None else constraint.moving_c
     return c is None or 2.0**-38 < c < 2.0**60
 
 
 def named(group: Mapping[str, Any], index: int) -> dict[str, torch.Tensor]:
-    """The parameters of a group by name; those without one by their place."""
+    """Return the parameters of a group by name.
+
+    Args:
+        group: the param group.
+        index: its position in the optimizer, for parameters without a name.
+
+    Returns:
+        The tensors by name, or by a description such as "parameter 0 of group 1".
+    """
     params = group["params"] if isinstance(group["params"], list) else [group["params"]]
     names = group.get("param_names", [])
     found: dict[str, torch.Tensor] = {}
@@ -258,7 +327,7 @@ def refuse_lazy(p: torch.Tensor, name: str) -> None:
 
 
 def refuse_flattened(p: torch.Tensor, name: str) -> None:
-    """Raise TypeError for a part of what the older FSDP has made of parameters."""
+    """Raise TypeError if `p` is a part of a flat parameter of the older FSDP."""
     if getattr(p, "_fsdp_flattened", False):
         raise TypeError(
             f"{name} was flattened by FullyShardedDataParallel, and its rows cannot be told apart: "
@@ -267,6 +336,7 @@ def refuse_flattened(p: torch.Tensor, name: str) -> None:
 
 
 def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
+    """Raise TypeError for a tensor whose norms cannot be measured."""
     refuse_flattened(p, name)
     if p.layout != torch.strided:
         raise TypeError(f"{name} is a {str(p.layout).removeprefix('torch.')} tensor: only dense ones can be projected")
@@ -275,7 +345,14 @@ def _refuse_unmeasurable(p: torch.Tensor, name: str) -> None:
 
 
 def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group for a checkpoint: the constraint, the shaping, a `Split` and the numbers of NumPy as plain types."""
+    """Return a group for a checkpoint, with the settings as plain types.
+
+    Args:
+        group: the param group.
+
+    Returns:
+        A new dict. The constraint and the update are their `config`, a `Split` is a dict, a NumPy number is a float.
+    """
     c, axis = group["c"], group["axis"]
     plain = {k: None if group[k] is None else group[k].config() for k in ("constraint", "update")}
     plain["axis"] = dataclasses.asdict(axis) if isinstance(axis, axes.Split) else axis
@@ -283,5 +360,16 @@ def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_plain(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """A group from a checkpoint; one that a stock optimizer wrote keeps the `current` settings."""
+    """Return a group from a checkpoint; a group of a stock optimizer takes the `current` settings.
+
+    Args:
+        saved: the group in the checkpoint.
+        current: the group in the optimizer.
+
+    Returns:
+        A new dict, with the settings as objects.
+
+    Raises:
+        TypeError, ValueError: as `settle`.
+    """
     return {**saved, **settle({**{k: current[k] for k in KEYS}, **saved}, {})}

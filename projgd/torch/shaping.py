@@ -1,12 +1,12 @@
-"""The inner optimizer's update, observed and shaped against the weights before the projection: w ← w + shape(u).
+"""Observe the inner optimizer's update and shape it against the weights before the projection: w ← w + shape(u).
 
-An optimizer moves the parameters in place, so its update must be read off them. Where its rule does not look at the
-weights (`BLIND`, without weight decay), the optimizer runs from zero: what stands in the parameter afterwards is the
-update itself, to full precision, in bfloat16 too. Any other optimizer runs from the weights, and the update is the
-difference, in which rounding to the parameter's dtype is left. Both need one copy of the parameters that are shaped.
+An optimizer moves the parameters in place, so its update must be read off them. Where its rule does not read the
+weights (`BLIND`, without weight decay), the optimizer runs from zero: the parameter then holds the update itself, to
+full precision, in bfloat16 too. Any other optimizer runs from the weights, and the update is the difference, which
+contains the rounding to the parameter's dtype. Both need one copy of the parameters that are shaped.
 
-`Update.coefficients` needs three numbers per vector and gives two. So one pass measures a parameter and one moves it;
-where vectors are spread over ranks, one all-reduce of three numbers per vector is shared by all parameters.
+`Update.coefficients` turns three numbers per vector into two. So one pass measures a parameter and one moves it. Where
+vectors are spread over ranks, all parameters share one all-reduce of three numbers per vector.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ BLIND = (
     torch.optim.RMSprop,
     torch.optim.SGD,
 )
-"""Optimizers whose update, without weight decay, is a function of the gradients alone. Subclasses may differ."""
+"""The optimizers whose update, without weight decay, depends on the gradients alone. Their subclasses may differ."""
 
-PIECE = 1 << 18  # entries of two arrays and their product: 3 MB
+PIECE = 1 << 18  # this many entries of two arrays and their product take 3 MB
 
 
 def is_shaped(group: Mapping[str, Any]) -> bool:
-    """Whether a group shapes its update or its gradient."""
+    """Return whether a group shapes its update or its gradient."""
     return group["update"] is not None or group["gradient"] is not None
 
 
 def reads_weights(inner: type[Optimizer], group: Mapping[str, Any]) -> bool:
-    """Whether the inner optimizer's update may depend on the weights."""
+    """Return whether the inner optimizer's update may depend on the weights."""
     return inner not in BLIND or bool(group.get("weight_decay"))
 
 
 def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, Tensor]) -> None:
-    """Refuse a group whose shaping cannot work, naming the parameter; warn where it works against itself.
+    """Raise an error that names the parameter if its group's shaping cannot work; warn if it works against itself.
 
     Args:
         inner: the class of the optimizer that steps.
@@ -112,10 +112,17 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
 
 
 def take_initial(constraint: Constraint | None, named: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
-    """Return what the set takes from the initial weights, by parameter.
+    """Return what a set takes from the initial weights.
+
+    Args:
+        constraint: the set; None takes nothing.
+        named: the parameters by name.
+
+    Returns:
+        One tensor for each parameter with vectors.
 
     Raises:
-        ValueError: weights that have no norm.
+        ValueError: a vector whose norm is zero or not finite.
     """
     found: dict[Tensor, Tensor] = {}
     if constraint is None or not constraint.takes_initial:
@@ -136,16 +143,16 @@ def step(
     call: Callable[[Callable[[], Any] | None], Any],
     closure: Callable[[], Any] | None,
 ) -> Any:
-    """Run the inner step and leave w + shape(u) in the parameters of the groups that shape their update.
+    """Run the inner step, and leave w + shape(u) in the parameters of the groups that shape their update.
 
-    An error or an interrupt anywhere in here leaves those parameters as they were.
+    If an error or an interrupt occurs here, those parameters get their old values back.
 
     Args:
         inner: the class of the optimizer that steps.
         groups: its param groups.
-        spare: where the copies of the weights lie from step to step on a CPU.
+        spare: memory for the copies of the weights, which is kept from step to step on a CPU.
         call: runs the inner step with a closure or None.
-        closure: re-evaluates the model and returns the loss; None if gradients are there already.
+        closure: re-evaluates the model and returns the loss; None if the gradients are there already.
 
     Returns:
         What the inner step returned.
@@ -156,7 +163,7 @@ def step(
     else:
         closure = _then_tangent(closure, groups)
     loss = None
-    if closure is not None and inner in BLIND:  # evaluated now, at the weights, and not at zero
+    if closure is not None and inner in BLIND:  # it must see the weights, not zeros
         with torch.enable_grad():
             loss, closure = closure(), None
     kept = [(group, p, _copy(p, spare)) for group in groups for p in _to_shape(group, closure is not None)]
@@ -175,7 +182,7 @@ def step(
 
 
 def _copy(p: Tensor, spare: dict[Tensor, Tensor]) -> Tensor:
-    """A copy of p. On a CPU the system takes longer to find the memory for it than the copy takes: it is kept."""
+    """Return a copy of p; on a CPU reuse its memory, because new memory costs more time than the copy."""
     if p.device.type != "cpu" or torch.compiler.is_compiling():
         return p.detach().clone()
     if p in spare and is_alike(spare[p], p):
@@ -186,7 +193,7 @@ def _copy(p: Tensor, spare: dict[Tensor, Tensor]) -> Tensor:
 
 
 def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[Tensor]:
-    """The parameters of a group that this step moves; all of them where only its closure will tell."""
+    """Return the parameters of a group that this step shapes; all of them if a closure makes the gradients."""
     if group["update"] is None:
         return []
     moving = [p for p in group["params"] if all_of_them or p.grad is not None]
@@ -194,6 +201,8 @@ def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[Tensor]:
 
 
 def _then_tangent(closure: Callable[[], Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
+    """Return a closure that also makes the gradients tangent."""
+
     def evaluate() -> Any:
         loss = closure()
         _make_gradients_tangent(groups)
@@ -218,16 +227,16 @@ def _make_gradients_tangent(groups: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Shaping:
-    """What is to be done to `p`, which holds an update u of the weights `w` or, if `is_sum`, w + u.
+    """Describe how to shape what `p` holds: an update u of the weights `w` or, if `is_sum`, w + u.
 
     Attributes:
         p: the tensor that is written.
         w: the weights.
         update: how u is shaped.
-        axis: what makes one vector.
+        axis: the axes that make one vector.
         lr: the learning rate.
         is_sum: whether p holds w + u.
-        moves: whether w + shape(u) is wanted in p, or shape(u) alone.
+        moves: whether p shall hold w + shape(u), or shape(u) alone.
     """
 
     p: Tensor
@@ -247,7 +256,7 @@ class _Shaping:
 
 @torch.no_grad()
 def _apply(shapings: Sequence[_Shaping]) -> None:
-    """Put what is wanted in every p. Sums are taken in float32 for halves, or more."""
+    """Write the result of every shaping into its p; sums of 16-bit types are taken in float32 or more."""
     by_mesh: dict[object, list[tuple[_Shaping, ranks.Part]]] = {}
     for shaping in shapings:
         if ranks.is_dtensor(shaping.p):
@@ -263,7 +272,7 @@ def _apply_here(shaping: _Shaping) -> None:
     p, vectors = shaping.p, axes.resolve(shaping.axis, tuple(shaping.p.shape), "out_first")
     assert vectors is not None
     compute = getattr(torch, float_type(p).compute)
-    u, w = (x.to(compute).view(vectors.shape) for x in (p, shaping.w))  # p itself, where it has this dtype
+    u, w = (x.to(compute).view(vectors.shape) for x in (p, shaping.w))  # u is a view of p if p has this dtype
     if shaping.is_sum:
         u.sub_(w)
     size = Measures(_norms(w, vectors.axes), _norms(u, vectors.axes), torch.zeros((), device=u.device))
@@ -272,7 +281,7 @@ def _apply_here(shaping: _Shaping) -> None:
     weight, factor = shaping.update.numbers(size, shaping.lr, xp)
     factor = factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype)
     if shaping.update.keeps_direction and shaping.moves:
-        torch.addcmul(w, u, factor, out=u)  # one pass over memory
+        torch.addcmul(w, u, factor, out=u)  # this is one pass over memory
     else:
         for u_, w_, weight_, factor_ in _in_cache(u, w, weight.to(u.dtype), factor):
             u_.mul_(factor_).addcmul_(w_, weight_)
@@ -297,13 +306,13 @@ def _apply_over_ranks(spread: list[tuple[_Shaping, ranks.Part]]) -> None:
 
 
 def _parts(shaping: _Shaping) -> tuple[Tensor, Tensor]:
-    """This rank's part of u and w in float64, whose squares neither over- nor underflow."""
+    """Return this rank's part of u and w in float64, whose squares neither over- nor underflow."""
     u, w = (cast("Any", x).to_local().double() for x in (shaping.p, shaping.w))
     return (u - w if shaping.is_sum else u), w
 
 
 def _norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Norms with the reduced axes kept, in float64 where the device has it."""
+    """Return norms with the reduced axes kept, in float64 if the device has it."""
     if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
         return cast("Tensor", norm(x, axes, xp))
     if _can_look(x):
@@ -312,6 +321,7 @@ def _norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _cosine(u: Tensor, w: Tensor, size: Measures, axes: tuple[int, ...]) -> Tensor:
+    """Return the cosine between u and w for every vector."""
     if _can_look(u) and bool(((_is_usual(size.u) | (size.u == 0)) & (_is_usual(size.w) | (size.w == 0))).all()):
         parts = [torch.sum(u_ * w_, dim=axes, keepdim=True) for u_, w_ in _in_cache(u, w)]
         both = size.u * size.w
@@ -322,17 +332,17 @@ def _cosine(u: Tensor, w: Tensor, size: Measures, axes: tuple[int, ...]) -> Tens
 
 
 def _is_usual(norms: Tensor) -> Tensor:
-    """Whether no square that counts over- or underflows in float32."""
+    """Return whether no relevant square over- or underflows in float32."""
     return (norms > 1e-12) & (norms < 1e18)
 
 
 def _can_look(x: Tensor) -> bool:
-    """Whether reading a number back costs nothing: a graph cannot, and an accelerator would be waited for."""
+    """Return whether reading a number back is free: a graph cannot read it, and an accelerator would wait."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _in_cache(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Pieces along the first axis, on a CPU so small that a second operation finds them in the cache."""
+    """Yield pieces along the first axis; on a CPU they are so small that they stay in the cache."""
     if not (_can_look(x) and x.numel() > PIECE):
         return [(x, *others)]
     rows = max(1, PIECE * len(x) // x.numel())
@@ -341,7 +351,10 @@ def _in_cache(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _measurable(p: Tensor, vectors: Vectors, axis: Axis) -> tuple[Tensor, tuple[int, ...]]:
-    """What has the norms of the vectors of `p`, and over which axes: of a sharded one, the norms themselves."""
+    """Return a tensor with the norms of the vectors of `p`, and the axes to take them over.
+
+    For a sharded parameter this tensor has the norms themselves as its entries.
+    """
     if ranks.is_dtensor(p):
         return ranks.norms_over_ranks(p.detach(), axis).unsqueeze(1), (1,)  # type: ignore[arg-type]
     return p.detach().reshape(vectors.shape), vectors.axes

@@ -135,7 +135,6 @@ def test_an_engine_that_cannot_is_refused_when_the_optimizer_is_made():
         step(optimizer)
 
 
-@pytest.mark.xfail(strict=True, reason="an engine by name is asked without the metric when the optimizer is made")
 @pytest.mark.parametrize(
     ("settings", "is_taken"),
     [

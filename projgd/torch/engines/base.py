@@ -1,20 +1,20 @@
-"""What an engine is, and what it is asked to do.
+"""Define what an engine is, and the job that it gets.
 
-An engine applies the constraint of a param group to parameters in place; an engine with `steps` also runs the
-optimizer's update. `projgd.torch.routing` has the table of engines, best first, and asks them.
+An engine applies the constraint of a param group to parameters in place. An engine with `steps` also runs the
+optimizer's update. `projgd.torch.routing` has the table of engines, best first, and chooses among them.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from projgd.axes import Vectors
 from projgd.bands import Band
@@ -23,7 +23,7 @@ from projgd.sums import FLOATS, FloatType
 from projgd.torch.metrics import Metric
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Classes of tensors that are what they seem: not sharded, not wrapped."""
+"""The classes of plain tensors, which are neither sharded nor wrapped."""
 
 _gradient: Any = vars(torch._C.TensorBase)["grad"].__get__
 _address, _stride = Tensor.data_ptr, Tensor.stride
@@ -31,20 +31,20 @@ _address, _stride = Tensor.data_ptr, Tensor.stride
 
 @dataclass(frozen=True)
 class Job:
-    """What a param group asks of an engine at one step.
+    """Describe what an engine has to do for one param group at one step.
 
     Attributes:
         optimizer: the optimizer that steps; engines read its state.
         inner: its class, without the projection.
-        group: the param group, with the hyperparameters as they are now.
+        group: the param group, with the current hyperparameters.
         constraint: the set that is projected onto; None for a free group.
         metric: the diagonal metric of the step; None for the Euclidean one.
         radii: the initial norms that a set has taken, by parameter.
-        skip: GradScaler's count of gradients with inf or NaN: where it is positive, the step leaves everything as it
-            is. None without a GradScaler.
-        forced: the name of the engine that the user asks for; None for the best one.
+        skip: GradScaler's count of gradients with inf or NaN: if it is positive, the step changes nothing. None without
+            a GradScaler.
+        forced: the name of the engine that the user names; None for the best one.
         compiled: whether torch.compile traces the step.
-        params: the parameters that it is about: those of the group, or some of them.
+        params: the parameters of the job: those of the group, or some of them.
     """
 
     optimizer: Optimizer
@@ -60,22 +60,39 @@ class Job:
     _gradients: dict[int, list[Any]] = field(default_factory=dict, repr=False)
 
     def gradients(self, params: Sequence[Tensor]) -> list[Any]:
-        """Return the gradients of parameters, for one list of them asked once: with many small tensors that counts."""
+        """Return the gradients of parameters.
+
+        One list of parameters is read only once, because reading the gradients of many small tensors takes time.
+
+        Args:
+            params: some of the parameters, in the same list at every call.
+
+        Returns:
+            One gradient or None for each parameter.
+        """
         if id(params) not in self._gradients:
             self._gradients[id(params)] = list(map(_gradient, params))
         return self._gradients[id(params)]
 
     def vectors(self, p: Tensor) -> Vectors | None:
-        """Return the vectors of a parameter that the constraint is about; None where nothing of it is projected."""
+        """Return the vectors of a parameter that the constraint applies to; None for a parameter that is free."""
         return None if self.constraint is None else self.constraint.resolve(tuple(p.shape), "out_first")
 
     def bound(self, p: Tensor) -> Constraint:
-        """Return the constraint of a parameter, with the radii that it has taken."""
+        """Return the constraint of a parameter, with the radii that were taken from it."""
         assert self.constraint is not None
         return self.constraint.bind(self.radii[p]) if p in self.radii else self.constraint
 
     def band(self, p: Tensor, vectors: Vectors | None = None) -> Band | None:
-        """Return the band of a parameter for weights that a step has just moved; None for a set without one."""
+        """Return the band of a parameter whose weights a step has just moved.
+
+        Args:
+            p: the parameter.
+            vectors: its vectors; default None, which looks them up.
+
+        Returns:
+            The band; None for a free parameter and for a set that is not a set of norms.
+        """
         vectors = vectors or self.vectors(p)
         if self.constraint is None or vectors is None:
             return None
@@ -85,10 +102,12 @@ class Job:
 
 
 class Engine(ABC):
-    """One way to apply a constraint. It has no state: what stays from step to step is what `prepare` returns.
+    """Apply a constraint to parameters in place.
+
+    An engine has no state. What it keeps from step to step is what `prepare` returns.
 
     Attributes:
-        name: what `optimizer.routes()` and `engine=` call it.
+        name: its name in `optimizer.routes()` and `engine=`.
         steps: whether it runs the optimizer's update, too.
     """
 
@@ -97,23 +116,50 @@ class Engine(ABC):
 
     @abstractmethod
     def refuses(self, job: Job, p: Tensor) -> str | None:
-        """Say in a sentence for the user why this engine cannot take `p`.
+        """Return why this engine cannot take a parameter; None if it can.
 
-        None if it can; an empty sentence where it is for other situations, of which the user need not hear.
+        Args:
+            job: the job of the param group.
+            p: one of its parameters.
+
+        Returns:
+            A sentence for the user; an empty one if the engine is for other situations, which the user need not read
+            about.
         """
 
     def prepare(self, job: Job, params: Sequence[Tensor]) -> Any:
-        """Return what stays from step to step, for parameters that the engine does not refuse."""
+        """Return what the engine keeps from step to step.
+
+        Args:
+            job: the job of the param group.
+            params: parameters that the engine does not refuse.
+
+        Returns:
+            Any object; default None.
+        """
         return None
 
     @abstractmethod
     def run(self, prepared: Any, job: Job, params: Sequence[Tensor]) -> None:
-        """Update (if the engine `steps`) and project `params` in place; `prepared` was made for the same ones."""
+        """Update (if the engine `steps`) and project parameters in place.
+
+        Args:
+            prepared: what `prepare` returned for the same parameters.
+            job: the job of the param group.
+            params: the parameters.
+        """
 
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
-        """Return what has to be the same at the next step for `prepared` to hold; None if nothing holds.
+        """Return what has to be the same at the next step for `prepared` to stay valid; None if it never stays valid.
 
-        Here that is where parameters lie, and in which form parameters and gradients are.
+        The default is the addresses and the forms of the parameters, and the forms of their gradients.
+
+        Args:
+            job: the job of the param group.
+            params: the parameters.
+
+        Returns:
+            An object to compare, or None.
         """
         forms = form_of_gradients(job.gradients(params))
         if all(type(p) in PLAIN for p in params):
@@ -122,12 +168,58 @@ class Engine(ABC):
 
 
 def form_of_gradients(grads: Sequence[Tensor | None]) -> list[Any]:
-    """Return what tells whether an engine that refused a gradient, or took it, would do so again."""
+    """Return the strides or layouts of gradients, on which engines decide whether they take a parameter."""
     return [g if g is None else g.stride() if g.layout is torch.strided else g.layout for g in grads]
 
 
+STEPPED = (SGD, Adam, AdamW)
+"""Optimizers whose update some engine runs."""
+
+
+def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
+    """Yield what keeps any engine from stepping a parameter, each with a sentence for the user."""
+    yield not job.group.get("fused"), "fused=True was not passed"
+    yield job.compiled, "torch.compile makes a graph of its own"
+    yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
+    yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
+    yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
+    yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
+    state, names = job.optimizer.state.get(p, {}), state_names(job)
+    found = {k: state[k] for k in names if state.get(k) is not None}
+    yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
+    count = found.pop("step", None)
+    is_usual = isinstance(count, Tensor) and (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
+    yield count is not None and not is_usual, "the step count is not a float32 tensor, as that of fused=True is"
+    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
+
+
+def state_names(job: Job) -> list[str]:
+    """Return the names of the states that engines step with, in the order in which kernels read them."""
+    if job.inner is SGD:
+        return ["momentum_buffer"] if job.group["momentum"] != 0 else []
+    return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
+
+
+def add_missing_states(job: Job, p: Tensor) -> None:
+    """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
+    state, count = job.optimizer.state[p], torch.empty((), dtype=torch.float32, device=p.device)
+    for name in state_names(job):
+        if state.get(name) is None:
+            value = -0.0 if name == "momentum_buffer" else 0.0
+            state[name] = torch.full_like(count if name == "step" else p, value)
+
+
 def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[Engine | None, dict[str, str]]:
-    """Return the first engine that does not refuse `p`, and what those before it say."""
+    """Return the first engine that does not refuse a parameter, and why those before it do.
+
+    Args:
+        engines: the engines, best first.
+        job: the job of the param group.
+        p: the parameter.
+
+    Returns:
+        The engine, or None if all refuse it; and the reasons by the engine's name.
+    """
     refusals: dict[str, str] = {}
     for engine in engines:
         reason = engine.refuses(job, p)
@@ -138,7 +230,13 @@ def first_that_takes(engines: Sequence[Engine], job: Job, p: Tensor) -> tuple[En
 
 
 def project_with(engines: Sequence[Engine], job: Job, params: Sequence[Tensor]) -> None:
-    """Project tensors that lie inside of parameters, each with the first engine that takes it."""
+    """Project tensors that are parts of parameters, each with the first engine that takes it.
+
+    Args:
+        engines: the engines, best first.
+        job: the job of the param group.
+        params: the tensors.
+    """
     taken: dict[str, tuple[Engine, list[Tensor]]] = {}
     for p in params:
         engine, refusals = first_that_takes(engines, job, p)
@@ -155,17 +253,23 @@ def float_kind(dtype: torch.dtype) -> FloatType:
 
 @functools.lru_cache(maxsize=4096)
 def band_of(constraint: Constraint, dtype: torch.dtype, vectors: Vectors) -> Band | None:
-    """Return `constraint.band` for weights that a step has just moved, remembered."""
+    """Return `constraint.band` for weights that a step has just moved, from a cache."""
     return constraint.band(float_kind(dtype), vectors, moved=True)
 
 
 def rows_in_memory(p: Tensor, vectors: Vectors | None) -> tuple[int, int] | None:
     """Return (count, length) if the memory of `p` is `count` vectors one after the other, each one contiguous run.
 
-    A tensor without vectors is one run. Convolutions in channels-last memory are such rows, too. None for memory with
-    gaps, and for vectors that lie in it in another way.
+    Convolutions in channels-last memory are such rows, too.
+
+    Args:
+        p: a tensor.
+        vectors: its vectors; None makes it one run.
+
+    Returns:
+        Two ints; None for memory with gaps, and for vectors that are not contiguous.
     """
-    if vectors is not None and vectors.shape != tuple(p.shape):  # an axis was cut
+    if vectors is not None and vectors.shape != tuple(p.shape):  # a `Split` has cut an axis
         if not p.is_contiguous():
             return None
         shape, stride = vectors.shape, _strides(vectors.shape)
@@ -175,8 +279,16 @@ def rows_in_memory(p: Tensor, vectors: Vectors | None) -> tuple[int, int] | None
 
 
 def rows_of(shape: Sequence[int], stride: Sequence[int], axes: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return (count, length) for memory of `shape` and `stride` whose slices along `axes` are rows in the order of
-    their indices; None for other memory."""
+    """Return (count, length) if the slices along `axes` are rows in memory, in the order of their indices.
+
+    Args:
+        shape: the shape of a tensor.
+        stride: its strides, in entries.
+        axes: the non-negative axes of one row.
+
+    Returns:
+        Two ints; None for other memory.
+    """
     expected, length, is_along, kept = 1, 1, True, []
     for a in sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: stride[a]):
         if stride[a] != expected or (a in axes and not is_along):
@@ -191,6 +303,7 @@ def rows_of(shape: Sequence[int], stride: Sequence[int], axes: tuple[int, ...]) 
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
     strides = [1]
     for n in reversed(shape[1:]):
         strides.append(strides[-1] * n)
@@ -198,7 +311,7 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_alike(a: Any, p: Tensor) -> bool:
-    """Whether the memory of a gradient or a state can be walked along with that of `p`."""
+    """Return whether a gradient or a state has the dtype, device, shape and memory layout of `p`."""
     return (
         type(a) in PLAIN
         and a.layout == torch.strided

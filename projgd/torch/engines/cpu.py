@@ -18,13 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.bands import Band
 from projgd.constraints import Constraint
-from projgd.torch.engines.base import PLAIN, Engine, Job, is_alike, rows_in_memory
+from projgd.torch.engines.base import (
+    Engine,
+    Job,
+    add_missing_states,
+    is_alike,
+    reasons_not_to_step,
+    rows_in_memory,
+    state_names,
+)
 from projgd.torch.metrics import OfStep
 
 if TYPE_CHECKING:
@@ -45,11 +53,12 @@ class Cpu(Engine):
     def prepare(self, job: Job, params: Sequence[Tensor]) -> _Prepared:
         from projgd.torch.engines.cpu_kernel import Tables
 
-        names = _state_names(job)
+        names = state_names(job)
         states = [job.optimizer.state[p] for p in params] if names else []
         starting = [k for k, s in enumerate(states) if job.inner is SGD and s.get("momentum_buffer") is None]
-        for p, state in zip(params, states, strict=False):
-            _add_missing(state, p, names)
+        if names:
+            for p in params:
+                add_missing_states(job, p)
         read = {name: [state[name] for state in states] for name in names}
         table = [list(map(_address, tensors)) for tensors in (params, params, *(read[k] for k in names if k != "step"))]
         table += table[-1:] * (5 - len(table))  # one for the gradients, three for states
@@ -77,10 +86,11 @@ class Cpu(Engine):
         """
         if _forked:
             return None
-        names, state, grads = _state_names(job), job.optimizer.state, job.gradients(params)
+        names, state, grads = state_names(job), job.optimizer.state, job.gradients(params)
         try:
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
             found.append(list(map(Tensor.numel, grads)))
+            found.append(any(map(Tensor.is_neg, grads)))
             if names:  # in the order of the parameters, if it can be, because looking one up runs Python code
                 in_order = len(state) == len(params) and all(map(operator.is_, state, params))
                 states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))
@@ -92,18 +102,13 @@ class Cpu(Engine):
 
 def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield what may keep the engine from taking a parameter, each with a sentence for the user."""
-    group = job.group
     yield p.device.type != "cpu", ""
-    yield not group.get("fused"), "fused=True was not passed"
-    yield job.compiled, "torch.compile makes a graph of its own"
-    yield job.inner not in (SGD, Adam, AdamW), f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
-    yield any(group[k] is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
-    yield any(group.get(k) for k in ("capturable", "differentiable")), "no graph can record its step"
+    yield from reasons_not_to_step(job, p)
+    yield any(job.group.get(k) for k in ("capturable", "differentiable")), "no graph can record its step"
     known = job.metric is None or (isinstance(job.metric, OfStep) and job.metric.diagonal.entrywise)
     yield not known, "it knows no other metric than √v + ε"
     yield not _is_installed(), 'numba is not installed: pip install "projgd[fast]"'
     yield _forked, "this process was forked from one in which numba's threads had been at work"
-    yield type(p) not in PLAIN, f"the parameter is a {type(p).__name__}"
     yield p.dtype != torch.float32, f"it takes float32, not {str(p.dtype).removeprefix('torch.')}"
     yield not is_alike(p, p), "the parameter is not a dense tensor"
     vectors = job.vectors(p)
@@ -113,14 +118,6 @@ def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     if band is not None and job.metric is not None:
         is_ball = band.pull == 1 and not isinstance(band.low, Tensor) and band.low <= 0
         yield not is_ball, f"in a metric it projects onto a ball, not onto {job.constraint}"
-    yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
-    state, names = job.optimizer.state.get(p, {}), _state_names(job)
-    found = {k: state[k] for k in names if state.get(k) is not None}
-    yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
-    count = found.pop("step", None)
-    is_usual = isinstance(count, Tensor) and (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
-    yield count is not None and not is_usual, "the step count is not a float32 tensor, as that of fused=True is"
-    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
 
 
 @functools.cache
@@ -141,22 +138,6 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
-
-
-def _state_names(job: Job) -> list[str]:
-    """Return the names of the states in the order in which the kernel reads them, Adam's step count first."""
-    if job.inner is SGD:
-        return ["momentum_buffer"] if job.group["momentum"] != 0 else []
-    return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
-
-
-def _add_missing(state: dict[str, Any], p: Tensor, names: Sequence[str]) -> None:
-    """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
-    count = torch.empty((), dtype=torch.float32, device=p.device)
-    for name in names:
-        if state.get(name) is None:
-            value = -0.0 if name == "momentum_buffer" else 0.0
-            state[name] = torch.full_like(count if name == "step" else p, value)
 
 
 @dataclass

@@ -96,7 +96,8 @@ def _solve(y: Tensor, d: Tensor, near: Tensor, band: Band) -> Tensor | None:
     d = d.float()
     x: Tensor = y.float() / band.down
     u, below = x * d, d
-    size, nu = (near / band.down).float().unsqueeze(1), torch.zeros(len(y), 1)
+    size = (near / band.down).float().unsqueeze(1)
+    nu = torch.zeros_like(size)
     memory = torch.empty_like(x)
     for _ in range(metrics.STEPS):
         t = torch.div(x, below, out=memory)

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 
 from projgd.bands import Band
-from projgd.torch.engines.base import PLAIN, Engine, Job, is_alike, rows_in_memory
+from projgd.torch.engines.base import Engine, Job, add_missing_states, reasons_not_to_step, rows_in_memory, state_names
 
 if TYPE_CHECKING:
     import triton.language as tl  # `_kernel` puts it here when a kernel is needed: importing it takes 0.3 s
@@ -76,7 +76,7 @@ class Triton(Engine):
         None where a state or a gradient is missing, or a gradient is sparse.
         """
         try:
-            states = [job.optimizer.state.get(p, {})[k].data_ptr() for p in params for k in _state_names(job)]
+            states = [job.optimizer.state.get(p, {})[k].data_ptr() for p in params for k in state_names(job)]
             return states, [(p.data_ptr(), p.stride(), p.grad.stride()) for p in params]  # type: ignore[union-attr]
         except (KeyError, AttributeError, RuntimeError):
             return None
@@ -88,24 +88,13 @@ def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     is_interpreted = p.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     unmeasured = 'it has not been measured on a GPU yet: engine="triton" asks for it'
     yield job.forced != "triton", unmeasured if p.device.type == "cuda" else ""
-    yield job.compiled, "torch.compile makes a graph of its own"
-    yield not job.group.get("fused"), "fused=True was not passed"
-    yield job.inner not in (SGD, Adam, AdamW), f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
-    yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
+    yield from reasons_not_to_step(job, p)
     yield job.metric is not None, "it projects in the Euclidean metric only"
     yield job.skip is not None, "it does not unscale gradients, which GradScaler leaves to fused steps"
     yield not (is_gpu or is_interpreted), f"it is for CUDA of compute capability 7.0 or higher, not for {p.device}"
     yield is_gpu and not _is_installed(), "it needs triton, which comes with PyTorch for CUDA, numpy, and a C compiler"
-    yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
     yield p.dtype not in (torch.float32, torch.bfloat16, torch.float16), f"squares of {p.dtype} may overflow"
-    yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
-    state = job.optimizer.state.get(p, {})
-    found = {k: state[k] for k in _state_names(job) if state.get(k) is not None}
-    yield len(found) not in (0, len(_state_names(job))), f"the optimizer's state has only {', '.join(found)}"
-    count, vectors = found.pop("step", None), job.vectors(p)
-    is_usual = count is None or (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
-    yield not is_usual, f"the step count is not a float32 number on {p.device}, as that of fused=True is"
-    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
+    vectors = job.vectors(p)
     rows = rows_in_memory(p, vectors)
     yield rows is None, "the vectors do not lie in memory one after the other"
     if vectors is not None and rows is not None:
@@ -119,13 +108,6 @@ def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
 def _is_installed() -> bool:
     has_compiler = bool(os.environ.get("CC")) or any(map(shutil.which, ("cc", "gcc", "clang")))
     return has_compiler and all(importlib.util.find_spec(package) is not None for package in ("triton", "numpy"))
-
-
-def _state_names(job: Job) -> list[str]:
-    """Return the names of the states in the order in which the kernel reads them."""
-    if job.inner is SGD:
-        return ["momentum_buffer"] if job.group["momentum"] else []
-    return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
 
 
 @dataclass
@@ -147,13 +129,12 @@ class _Batch:
 
     def add(self, place: int, p: Tensor, job: Job) -> None:
         """Add a parameter, and make those of its states that are missing."""
-        state, names, vectors = job.optimizer.state[p], _state_names(job), job.vectors(p)
-        for name in names:
-            if state.get(name) is None:
-                state[name] = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
+        names, vectors = state_names(job), job.vectors(p)
+        if names:
+            add_missing_states(job, p)
         length = PIECE if vectors is None else rows_in_memory(p, vectors)[1]  # type: ignore[index]
         shape = 0 if length <= 16 else (1 if length <= 256 else 2) + 2 * (length % 16 == p.numel() % 16 == 0)
-        addresses = [p.data_ptr(), *(state[k].data_ptr() for k in names), 0, 0, 0, 0][:5]
+        addresses = [p.data_ptr(), *(job.optimizer.state[p][k].data_ptr() for k in names), 0, 0, 0, 0][:5]
         sizes = p.numel(), length, shape, sum(numbers[9] for numbers in self.tensors)
         self.tensors.append((*addresses, *sizes, -(-p.numel() // (length * SHAPES[shape][0]))))
         self.places.append(place)

@@ -1,7 +1,5 @@
 """Eight devices of JAX's own making: sharded steps are the unsharded ones, and no weight travels."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -15,29 +13,30 @@ import pytest
 def report():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("sharded_steps.py")],
+        [sys.executable, Path(__file__).with_name("jax_sharded_steps.py")],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
-LAYOUTS = ("rows", "columns", "both", "one axis twice")
-CASES = [f"jit, {kind}, {layout}" for kind in ("chain", "apply", "sphere") for layout in LAYOUTS]
-CASES += [f"explicit, {kind}" for kind in ("chain", "apply", "sphere")]
-CASES += [f"shard_map, {kind}, {layout}" for kind in ("chain", "apply") for layout in LAYOUTS]
+LAYOUTS = ("first", "second")
+SPLIT = ("chain", "apply_updates", "sphere")  # what shard_map can split
+CASES = [f"jit, {layout}, {name}" for layout in LAYOUTS for name in (*SPLIT, "hyperball")]
+CASES += [f"shard_map, {layout}, {name}" for layout in LAYOUTS for name in SPLIT]
+CASES += [f"explicit, {name}" for name in (*SPLIT, "hyperball")] + ["jit, adaptive"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_steps(report, case):
     found = report[case]
-    assert found["error"] <= 1e-6
+    assert found["error"] <= (1e-5 if "adaptive" in case else 1e-6)
     assert found["sharding kept"]
     assert found["gathers"] == []
-    if "sphere" not in case:
+    if "chain" in case or "apply_updates" in case:
         assert found["largest norm"] <= 0.9
         assert found["least largest norm"] >= 0.9 * (1 - 1e-5)  # the bound binds in every parameter
 

@@ -1,7 +1,5 @@
 """The examples' training loops, run; and a run that is killed and resumed."""
 
-from __future__ import annotations
-
 import importlib.util
 import signal
 import subprocess
@@ -26,7 +24,7 @@ def loops():
 def test_loop(loops, name):
     params, loss = loops.LOOPS[name]()
     assert 0 < float(loss) < 0.65  # it learns: chance is 0.693
-    found = [leaf for leaf in loops.leaves(params) if leaf is not None and leaf.fan_in]
+    found = [leaf for leaf in loops.find_leaves(params) if leaf is not None and leaf.fan_in]
     norms = [np.sqrt((np.asarray(leaf.array, np.float64) ** 2).sum(axis=leaf.fan_in)).max() for leaf in found]
     assert max(norms) <= loops.C
     assert max(norms) >= loops.C * (1 - 1e-5)

@@ -1,7 +1,5 @@
 """The fan-in that a tree's leaf is given, against the arithmetic: which output units depend on which weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from projgd.optax.layouts import absent, leaves
+from projgd.optax import find_leaves
 
 KEY = jax.random.key(0)
 
@@ -28,8 +26,8 @@ def initial(module: nn.Module, *args: Any) -> Any:
 
 def agrees(params: Any, name: str, forward: Callable[[Any], jax.Array], units: tuple[int, ...]) -> None:
     """Assert that the leaf's vectors are the neurons: `units` are the output's axes that tell neurons apart."""
-    flat, treedef = jax.tree.flatten(params, is_leaf=absent)
-    found = leaves(params)
+    flat, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: leaf is None)
+    found = find_leaves(params)
     index = next(i for i, leaf in enumerate(found) if leaf is not None and leaf.name == name)
 
     def output(weight: jax.Array) -> jax.Array:
@@ -51,7 +49,7 @@ def agrees(params: Any, name: str, forward: Callable[[Any], jax.Array], units: t
 
 
 def free(params: Any, *names: str) -> None:
-    found = {leaf.name: leaf for leaf in leaves(params) if leaf is not None}
+    found = {leaf.name: leaf for leaf in find_leaves(params) if leaf is not None}
     for name in names:
         assert found[name].fan_in is None, name
 
@@ -98,7 +96,7 @@ class Stack(nn.Module):
 def test_linen_layers_stacked_by_scan_are_told_by_their_bias():
     params = initial(Stack(), ones(2, 4))["params"]
     assert params["layer"]["kernel"].shape == (3, 4, 4)
-    kernel = next(leaf for leaf in leaves(params) if leaf.name == "layer/kernel")
+    kernel = next(leaf for leaf in find_leaves(params) if leaf.name == "layer/kernel")
     assert kernel.fan_in == (-2,)  # one layer's kernel is (in, out)
     free(params, "layer/bias")
 
@@ -154,7 +152,7 @@ def test_linen_cells(cell):
 def test_linen_optimized_lstm_has_the_kernels_of_lstm():
     """It computes all gates in one product, from the same parameters."""
     cells = [nn.OptimizedLSTMCell(5), nn.LSTMCell(5)]
-    ours, plain = (leaves(cell.init(KEY, cell.initialize_carry(KEY, (2, 4)), ones(2, 4))) for cell in cells)
+    ours, plain = (find_leaves(cell.init(KEY, cell.initialize_carry(KEY, (2, 4)), ones(2, 4))) for cell in cells)
     assert [(leaf.name, leaf.fan_in) for leaf in ours] == [(leaf.name, leaf.fan_in) for leaf in plain]
 
 
@@ -183,7 +181,7 @@ def test_linen_free_leaves():
             return nn.WeightNorm(nn.Dense(3))(nn.InstanceNorm()(x))
 
     variables = initial(Net(), ones(2, 3, 4))
-    found = {leaf.name: leaf for leaf in leaves(variables)}
+    found = {leaf.name: leaf for leaf in find_leaves(variables)}
     assert found["params/LayerNorm_0/scale"].array.ndim == 2
     assert {name for name, leaf in found.items() if leaf.fan_in} == {
         "params/Dense_0/kernel",
@@ -210,7 +208,7 @@ def test_batch_statistics_of_a_stacked_norm_are_free():
     ids=["linen", "nnx", "equinox"],
 )
 def test_an_embedding_has_one_vector_per_token(params, name, lookup):
-    (leaf,) = (leaf for leaf in leaves(params) if leaf is not None)
+    (leaf,) = (leaf for leaf in find_leaves(params) if leaf is not None)
     assert (leaf.name, leaf.fan_in) == (name, (-1,))
     (table,) = jax.tree.leaves(params)
     jacobian = jax.jacobian(lambda w: lookup(jax.tree.unflatten(jax.tree.structure(params), [w])))(table)
@@ -259,9 +257,9 @@ def test_nnx(case):
     graph, state = nnx.split(module)
     agrees(state, "kernel", lambda p: nnx.merge(graph, p)(x), units)
     free(state, "bias")
-    fan_in = {leaf.name: leaf.fan_in for leaf in leaves(state)}
+    fan_in = {leaf.name: leaf.fan_in for leaf in find_leaves(state)}
     for tree in (nnx.to_pure_dict(state), nnx.as_pure(state), module):  # the same parameters, told otherwise
-        assert {leaf.name: leaf.fan_in for leaf in leaves(tree)} == fan_in
+        assert {leaf.name: leaf.fan_in for leaf in find_leaves(tree)} == fan_in
 
 
 @pytest.mark.parametrize("case", ONLY_MODULE)
@@ -284,7 +282,7 @@ def test_nnx_cells(cell):
     module = cell(4, 5, rngs=RNGS)
     graph, params = nnx.split(module, nnx.Param, ...)[:2]
     rest = nnx.split(module, nnx.Param, ...)[2]
-    kernels = [leaf.name for leaf in leaves(params) if leaf.name.endswith("kernel")]
+    kernels = [leaf.name for leaf in find_leaves(params) if leaf.name.endswith("kernel")]
     assert len(kernels) >= 2
     for kernel in kernels:
         layer = kernel.split("/")[0]
@@ -328,7 +326,7 @@ def test_equinox_attention(name):
 def test_equinox_cells(cell, gates, name):
     """The gates are not on view: each row must reach one hidden unit only, and there is a row per gate and unit."""
     module = cell(4, 5, key=KEY)
-    index = [leaf.name for leaf in leaves(module) if leaf is not None].index(name)
+    index = [leaf.name for leaf in find_leaves(module) if leaf is not None].index(name)
     flat, treedef = jax.tree.flatten(module)
     state = (ones(5), ones(5)) if cell is eqx.nn.LSTMCell else ones(5)
 
@@ -337,7 +335,7 @@ def test_equinox_cells(cell, gates, name):
         return out[0] if isinstance(out, tuple) else out
 
     depends = np.asarray(jax.jacobian(hidden)(flat[index])) != 0  # (hidden, row, column)
-    assert leaves(module)[index].fan_in == (-1,)
+    assert find_leaves(module)[index].fan_in == (-1,)
     assert flat[index].shape[0] == gates * 5
     assert (depends.all(axis=2) | ~depends.any(axis=2)).all()  # a row reaches a unit with all its weights or none
     assert (depends.any(axis=2).sum(axis=0) == 1).all()
@@ -352,12 +350,12 @@ def test_equinox_stacked_shared_and_own_modules():
         norm: eqx.nn.LayerNorm
 
     stacked = eqx.filter_vmap(lambda key: eqx.nn.Conv2d(2, 3, 3, key=key))(jax.random.split(KEY, 4))
-    (weight, bias) = (leaf for leaf in leaves(stacked) if leaf is not None)
+    (weight, bias) = (leaf for leaf in find_leaves(stacked) if leaf is not None)
     assert weight.array.shape == (4, 3, 2, 3, 3)
     assert (weight.fan_in, bias.fan_in) == ((-3, -2, -1), None)
 
     own = Own(ones(3, 4), [ones(3, 4, 2)], ones(3, 1), ones(3, 4), eqx.nn.LayerNorm((3, 4)))
-    assert {leaf.name: leaf.fan_in for leaf in leaves(own) if leaf is not None} == {
+    assert {leaf.name: leaf.fan_in for leaf in find_leaves(own) if leaf is not None} == {
         "weight": (-1,),
         "weights/0": (-2, -1),
         "bias": None,
@@ -367,47 +365,6 @@ def test_equinox_stacked_shared_and_own_modules():
     }
 
 
-def test_plain_dicts():
-    tree = {
-        "w": ones(3, 4),
-        "kernel": ones(3, 3, 2, 4),
-        "three": ones(2, 3, 4),
-        "layer": {"w": ones(4, 3), "b": ones(3)},
-        "torch": {"weight": ones(5, 2), "bias": ones(5)},
-        "bias": ones(2, 2),
-        "none": None,
-        "number": 1.0,
-    }
-    assert {leaf.name: leaf.fan_in for leaf in leaves(tree) if leaf} == {
-        "w": (-2,),
-        "kernel": (-4, -3, -2),
-        "three": (-3, -2),
-        "layer/w": (-2,),
-        "layer/b": None,
-        "torch/weight": (-1,),
-        "torch/bias": None,
-        "bias": None,
-        "number": None,
-    }
-
-
 def test_boxes_are_not_part_of_a_name():
     boxed = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.ones, ("in", "out"))).init(KEY, ones(1, 2))
-    assert {leaf.name: leaf.fan_in for leaf in leaves(boxed["params"])} == {"kernel": (-2,), "bias": None}
-
-
-def test_a_node_of_an_unknown_kind():
-    @jax.tree_util.register_pytree_node_class
-    class Box:
-        def __init__(self, inside):
-            self.inside = inside
-
-        def tree_flatten(self):
-            return (self.inside,), None
-
-        @classmethod
-        def tree_unflatten(cls, _, children):
-            return cls(*children)
-
-    (leaf,) = leaves({"box": Box({"kernel": ones(3, 4)})})
-    assert leaf.fan_in == (-2,)
+    assert {leaf.name: leaf.fan_in for leaf in find_leaves(boxed["params"])} == {"kernel": (-2,), "bias": None}
