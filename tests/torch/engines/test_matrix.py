@@ -48,7 +48,7 @@ LAYOUTS = {
 }
 ARE_ROWS = tuple(LAYOUTS)[:7]  # of memory, one after the other
 SHOWN = {
-    "graph": ("rows of 147", "columns", "sliced"),  # each parameter takes half a second to compile
+    "graph": ("rows of 147", "sliced"),  # each parameter takes half a second to compile
     "triton": tuple(at for at in ARE_ROWS if at != "rows of 1031"),  # interpreted; longer rows are in another test
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -307,7 +307,7 @@ def test_large_and_many_small_parameters(way, set_):
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 20_003), *[(5 + i % 3, 12) for i in range(10)], (64, 64), (9,)]
     if way != "triton":
-        shapes += [(2 * eager.PIECE // 1000 + 7, 1000), (3, 140_000)]
+        shapes += [(eager.PIECE // 1000 + 7 if way == "eager" else 200, 1000), (3, 140_000)]
     params = [torch.randn(shape, generator=generator) for shape in shapes]
     params[0].fill_(0.1)  # added one after the other, their squares are off by thousands of units
     for p in params:
