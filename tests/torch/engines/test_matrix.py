@@ -99,10 +99,7 @@ WAYS = {
         Way("reference", lambda s, at, d: True),
     )
 }
-FORCED = {
-    name: {"engine": way.engine} if way.engine in NAMES and "metric" not in way.options else {}
-    for name, way in WAYS.items()
-}
+FORCED = {name: {"engine": way.engine} if way.engine in NAMES else {} for name, way in WAYS.items()}
 
 
 def cases():
