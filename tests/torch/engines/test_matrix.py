@@ -52,6 +52,7 @@ SHOWN = {
     "triton": tuple(at for at in ARE_ROWS if at != "rows of 1031"),  # interpreted; longer rows are in another test
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SUBNORMAL = {torch.float64: 1e-310, torch.float32: 1e-40, torch.bfloat16: 1e-40, torch.float16: 5e-7}
 LARGEST = {torch.float64: 1e300, torch.float32: 3e38, torch.bfloat16: 3e38, torch.float16: 6e4}
 
 
@@ -148,6 +149,8 @@ def weights(layout, dtype, has_radii=False, is_usual=False):
     unit, t = sums.FLOATS[short(dtype)].unit, TIGHT[short(dtype)]
     norms = [0.3, 0.75, 1 - 3 * t, 1 - unit, 1.0, 1 + unit, 1 + 4 * unit, 1.01, 1.5, 40.0]
     rows *= torch.tensor([norms[i % len(norms)] for i in range(len(rows))], dtype=torch.float64)[:, None]
+    if vectors.length > 1:
+        rows[0, -1] = SUBNORMAL[dtype]  # beside others in a vector that stays, where its bits must stay, too
     if len(rows) > 15:
         largest = LARGEST[dtype] / (30 if has_radii else 1)
         rows[10:12] *= (min(largest, 1e12) if has_radii and is_usual else largest) / rows[10:12].abs().max()
