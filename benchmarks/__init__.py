@@ -1,1 +1,1 @@
-"""What a projected step costs against the plain one: `python -m benchmarks`."""
+"""Measure the cost of a projected step against the plain one: `python -m benchmarks`."""

@@ -1,8 +1,8 @@
-"""`python -m benchmarks [--quick]`: R = time of a projected step / time of the plain one, for every way to project.
+"""Measure R = time of a projected step / time of the plain one: `python -m benchmarks [--quick]`.
 
 The plain step is torch's fused optimizer, the jitted step of optax with donated buffers, or Keras's own training step
-without a constraint. Writes a table, JSON and a plot to `benchmarks/results/`; with some of the fronts, workloads or
-optimizers only those rows are measured anew. Nothing is asserted: the figures are the machine's.
+without a constraint. The command writes a table, JSON and a plot to `benchmarks/results/`. With `--fronts`,
+`--workloads` or `--optimizers` it measures only these rows again. It asserts nothing: the figures are the machine's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def in_jax(workload: str, optimizer: str, seconds: float, rounds: tuple[int, int
 
 
 def rows_of(times: Times, **where: str) -> list[record.Row]:
-    """A row of the record for every way and bound; the first is the plain step."""
+    """Return a row of the record for every step and bound; the first is the plain step."""
     base = next(iter(times.values()))
     rows = []
     for (way, bound), taken in times.items():

@@ -1,9 +1,10 @@
-"""The cost of projecting in the adaptive metric, as a ratio to the plain fused step: python -m benchmarks.adaptive
+"""Measure the cost of projecting in the adaptive metric against the plain fused step: python -m benchmarks.adaptive
 
-The weights of a 784-1024-1024-2048-10 network under Adam, with c that binds on half of the neurons and with c that
-never binds; the Euclidean projection beside it. "fused": one numba kernel updates and projects; "without numba": plain
-operations project after torch's own fused step. All optimizers share parameters and state, and take turns. R is the
-median of the rounds; beside it the ratio of the fastest steps, which a busy machine disturbs less.
+The weights are those of a 784-1024-1024-2048-10 network under Adam, with c that binds on half of the neurons and with c
+that never binds. The Euclidean projection is measured, too. "fused": one numba kernel updates and projects; "without
+numba": plain operations project after torch's own fused step. All optimizers share parameters and state, and take
+turns. R is the median of the rounds. The ratio of the fastest steps is beside it, because a busy machine disturbs it
+less.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from projgd.torch import ProjectedAdam
 
 
 def parameter(shape: Shape) -> torch.Tensor:
-    """Half of the rows on the unit ball and pushed outwards by gradients of all sizes; the others inside."""
+    """Return a parameter with half of the rows on the unit ball, pushed outwards by gradients of all sizes."""
     generator = torch.Generator().manual_seed(len(shape))
     p = torch.randn(shape, generator=generator)
     gradient = torch.rand(shape, generator=generator) * 10 ** (-3 * torch.rand(shape, generator=generator))
@@ -36,7 +37,7 @@ def parameter(shape: Shape) -> torch.Tensor:
 
 
 def steps(rate: float) -> dict[str, Callable[[], object]]:
-    """A function that takes one step, by name; the plain one first."""
+    """Return functions that take one step, by name; the plain one first."""
     params = [parameter(s) for s in shapes("mlp")]
     plain = torch.optim.Adam(params, lr=rate, fused=True)
     plain.step()

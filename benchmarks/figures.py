@@ -1,4 +1,4 @@
-"""The table and the plot of `python -m benchmarks`: which way is the fastest on which workload?"""
+"""Make the table and the plot of `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def distinct(rows: Sequence[Row], key: str) -> list[str]:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """In one order, whichever part was measured last."""
+    """Return the rows in one order, whichever part was measured last."""
     optimizers = list(OPTIMIZERS)
     return sorted(rows, key=lambda r: (r["front"] != FRONTS[0], r["front"], optimizers.index(r["optimizer"])))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one table per workload, and one for Keras."""
+    """Return Markdown: one table per workload, and one for Keras."""
     rows = ordered(rows)
     parts = []
     for workload in WORKLOADS:
@@ -73,13 +73,13 @@ def _keras(rows: Sequence[Row]) -> list[str]:
 
 
 def _cell(rows: Sequence[Row]) -> str:
-    """Both bounds; of a plain way also the time."""
+    """Return the R of both bounds; for a plain step also the time."""
     cell = " / ".join(f"{r['R']:.2f} ± {r['R_spread']:.2f}" for r in rows)
     return f"{cell} ({rows[0]['ms']:.3g} ms)" if rows and rows[0]["bound"] is None else cell
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """One panel a workload: R of every way, a colour per optimizer, hollow where nothing binds."""
+    """Draw one panel per workload: R of every step, a colour per optimizer, hollow where nothing binds."""
     import matplotlib.pyplot as plt
 
     rows = [r for r in ordered(rows) if r["front"] in FRONTS]

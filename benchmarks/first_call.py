@@ -1,7 +1,7 @@
-"""What the first projected step costs: python -m benchmarks.first_call
+"""Measure the cost of the first projected steps: python -m benchmarks.first_call
 
-A process that compiles the kernels, and one that finds them on disk. Each takes two steps of `ProjectedSGD`, which
-compiles nothing, two with `fused=True`, and two of `ProjectedAdam(fused=True)`.
+One process compiles the kernels, and one finds them on disk. Each takes two steps of `ProjectedSGD`, which compiles
+nothing, two with `fused=True`, and two of `ProjectedAdam(fused=True)`.
 """
 
 from __future__ import annotations

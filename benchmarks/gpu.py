@@ -1,12 +1,13 @@
-"""`python -m benchmarks.gpu`: what a projected step costs on a GPU, R = its time / that of torch's fused plain step.
+"""Measure a projected step on a GPU, R = its time / that of torch's fused plain step: `python -m benchmarks.gpu`.
 
 Three engines are compared: plain operations of PyTorch after the fused step ("eager"), torch.compile of the whole step
-("graph"), and one Triton kernel ("triton"). At the end it prints the decision about triton: an engine stays only where
-it makes some cell of the table at least 15 % faster than every simpler one.
+("graph"), and one Triton kernel ("triton"). At the end the command prints the decision about triton: an engine stays
+only if it makes some cell of the table at least 15 % faster than every simpler one.
 
-The table and JSON go to `benchmarks/results/gpu-DEVICE`. Without a GPU it says so, and measures nothing. Times are
-those of captured steps, replayed, so that they are the device's and not Python's; beside them R of ordinary calls. The
-share of the bandwidth is what the plain step must read and write, over what a large copy moves in the same time.
+The table and JSON go to `benchmarks/results/gpu-DEVICE`. Without a GPU the command says so, and measures nothing. Times
+are those of captured steps, replayed, so that they are the device's and not Python's. R of ordinary calls is beside
+them. The share of the bandwidth is what the plain step must read and write, over what a large copy moves in the same
+time.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from benchmarks.torch_step import OPTIMIZERS, PLAIN
 from benchmarks.workloads import BINDING, BOUNDS, WORKLOADS, shapes, start
 
 Step = Callable[[], object]
-PASSES = {"SGD": 3, "momentum": 5, "Adam": 7, "AdamW": 7}  # over the parameters, in the plain step
+PASSES = {"SGD": 3, "momentum": 5, "Adam": 7, "AdamW": 7}  # passes of the plain step over the parameters
 KEY = ("workload", "optimizer", "bound", "engine")
 ENGINES = ("eager", "graph", "triton")
-FASTER = 0.85  # of the time of every simpler engine: what an engine must reach in some cell
-ORDER = ("gpt", "mlp", "resnet", "small")  # the workloads that decide first, in case the time runs out
+FASTER = 0.85  # an engine must take at most this share of the time of every simpler one in some cell
+ORDER = ("gpt", "mlp", "resnet", "small")  # deciding workloads come first, because the time may run out
 
 
 @dataclass(frozen=True)
 class Contenders:
-    """Steps over one set of parameters, gradients and states.
+    """Hold steps over one set of parameters, gradients and states.
 
     Attributes:
         params: the parameters.
-        steps: by engine; `PLAIN` is torch's fused step.
-        projected: their optimizers, without the plain one.
-        errors: of engines that could not take a step: what they raised.
+        steps: the steps by engine; `PLAIN` is torch's fused step.
+        projected: the projected optimizers by engine.
+        errors: the errors of engines that could not take a step.
     """
 
     params: list[torch.Tensor]
@@ -59,7 +60,7 @@ def make(workload: str, optimizer: str) -> Contenders:
         p, g = (torch.from_numpy(x).cuda() for x in start(shape))
         params.append(p.requires_grad_())
         p.grad = g
-    torch.compiler.reset()  # it compiles one method for a few objects only
+    torch.compiler.reset()  # torch.compile compiles one method for a few objects only
     stock, ours, options = OPTIMIZERS[optimizer]
     options = options | ({"capturable": True} if "Adam" in optimizer else {})
     plain: Optimizer = stock(params, fused=True, **options)
@@ -73,7 +74,7 @@ def make(workload: str, optimizer: str) -> Contenders:
             step = torch.compile(made.step) if engine == "graph" else made.step
             step()
             torch.cuda.synchronize()
-        except Exception as error:  # what the others need is measured all the same
+        except Exception as error:  # the other engines are measured all the same
             found.errors[engine] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:
             found.steps[engine] = step
@@ -90,7 +91,7 @@ def waited_for(step: Step) -> Step:
 
 
 def captured(step: Step) -> Step | None:
-    """Return the replay of a captured step; None where it cannot be captured."""
+    """Return the replay of a captured step; None if it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,7 +117,7 @@ def launches(step: Step) -> int:
 
 
 def extra_memory(step: Step) -> float:
-    """Megabytes beyond what was allocated before the step, at its peak."""
+    """Return the megabytes at the peak of a step beyond those that were allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -125,7 +126,7 @@ def extra_memory(step: Step) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per millisecond, read and written, of a copy of a gigabyte."""
+    """Return the bytes per millisecond, read and written, of a copy of a gigabyte."""
     a = torch.empty(2**28, device="cuda")
     b = torch.empty_like(a)
     taken = interleaved({"copy": waited_for(lambda: b.copy_(a))}, 1.0)
@@ -134,7 +135,7 @@ def copy_bandwidth() -> float:
 
 @torch.no_grad()
 def is_held(step: Step, params: Sequence[torch.Tensor], c: float) -> bool:
-    """Whether no neuron is longer than c after a step."""
+    """Return whether no neuron is longer than c after a step."""
     step()
     norms = [torch.linalg.vector_norm(p.flatten(1), dim=1, dtype=torch.float64).amax() for p in params if p.ndim > 1]
     return bool((torch.stack(norms) <= c).all())

@@ -1,8 +1,8 @@
-"""What exactness costs: time of the projection over time of the plain formula: python -m benchmarks.guarantees
+"""Measure what exactness costs, against the time of the plain formula: python -m benchmarks.guarantees
 
-float32, one vector a row. The plain formula is norm, clamp and multiply, in PyTorch in place and in JAX jitted, as is
-projgd's. Both take turns; a figure is the median of their round-by-round quotients and half its quartile distance.
-With `--fronts` one half of the record in `benchmarks/results/` is measured anew.
+The weights are float32, with one vector in each row. The plain formula is norm, clamp and multiply, in PyTorch in place
+and in JAX jitted, as is projgd's. Both take turns. A figure is the median of their round-by-round quotients and half
+its quartile distance. With `--fronts` the command measures one half of the record in `benchmarks/results/` again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SET = MaxNorm(C, axis=1)
 
 
 def rows(shape: tuple[int, int], share: float) -> np.ndarray:
-    """Rows of norm c / 2, but for a `share` of them of norm 2 c."""
+    """Return rows of norm c / 2, except for a `share` of them of norm 2 c."""
     x = np.random.default_rng(0).standard_normal(shape)
     norms = np.where(np.arange(shape[0]) % 2 < 2 * share, 2 * C, C / 2)
     return (x * (norms / np.linalg.norm(x, axis=1))[:, None]).astype(np.float32)

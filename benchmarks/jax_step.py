@@ -1,7 +1,7 @@
-"""The ways to take one projected step in JAX: one jitted step with donated buffers.
+"""Measure projected steps in JAX: one jitted step with donated buffers, for several implementations.
 
-`python -m benchmarks.jax_step` measures them, on Adam and ResNet-50's shapes if nothing else is asked for, and asks XLA
-for the temporary memory. Figures go to `benchmarks/results/jax_step.json`, where parts are measured anew one by one.
+`python -m benchmarks.jax_step` uses Adam and ResNet-50's shapes by default, and reads the temporary memory from XLA.
+Figures go to `benchmarks/results/jax_step.json`, where each part can be measured again on its own.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def in_place(c: float) -> Move:
 
 
 def chained(c: float) -> Move:
-    """What `optax.chain(tx, maxnorm_projection(c))` does, but that all contenders can share the state of `tx`."""
+    """Do what `optax.chain(tx, maxnorm_projection(c))` does, with the state of `tx`, so that all can share it."""
     projection = maxnorm_projection(c)
 
     def move(p: Any, u: Any) -> Any:
@@ -85,7 +85,7 @@ OTHERS = {"optax.projections": of_optax, "Keras constraint": of_keras}
 
 @dataclass
 class Steps:
-    """Contenders that take turns on one set of parameters and state, for each donates them to the next."""
+    """Hold steps that take turns on one set of parameters and state, because each donates them to the next."""
 
     held: tuple[Any, Any]
     gradients: list[jax.Array]
@@ -113,7 +113,7 @@ def jax_steps(
     ways: Mapping[Any, tuple[Callable[[float], Move], float]],
     options: dict[str, Any] | None = None,
 ) -> Steps:
-    """The plain step, and by the name of each way its move with its c."""
+    """Return the plain step, and by the name of each projected one its move with its c."""
     pairs = [[jnp.asarray(outputs_last(x)) for x in start(s)] for s in shapes(workload)]
     params, tx = [p for p, _ in pairs], OPTIMIZERS[optimizer]
     steps = Steps((params, tx.init(params)), [g for _, g in pairs], options or {})
@@ -138,7 +138,7 @@ def measured(workload: str, optimizer: str, bound: str, scheduler: str, rounds: 
 
 
 def table(rows: list[record.Row]) -> str:
-    """Markdown: R by scheduler and bound, and XLA's temporary memory by scheduler; one table for what was stepped."""
+    """Return Markdown: R by scheduler and bound, and XLA's temporary memory by scheduler; one table per optimizer."""
     parts = []
     for workload, optimizer in dict.fromkeys((r["workload"], r["optimizer"]) for r in rows):
         mine = [r for r in rows if (r["workload"], r["optimizer"]) == (workload, optimizer)]

@@ -1,6 +1,9 @@
-"""Keras 3's own training step, with and without `kernel_constraint=MaxNorm`: forward, backward, update and constraint.
+"""Measure Keras 3's own training step, forward and backward pass included, with and without `MaxNorm`.
 
-The backend is chosen once per process, so this is one: KERAS_BACKEND=torch python -m benchmarks.keras_step mlp Adam.
+The backend is chosen once per process, so this is a program of its own:
+
+KERAS_BACKEND=torch python -m benchmarks.keras_step mlp Adam
+
 It prints the milliseconds of every step in JSON: of the plain one, and with each bound.
 """
 
@@ -14,7 +17,7 @@ import sys
 from benchmarks.workloads import BOUNDS
 
 BACKENDS = ("torch", "jax")
-WORKLOADS = ("mlp", "small")  # those that are stacks of dense layers
+WORKLOADS = ("mlp", "small")  # only these are stacks of dense layers
 PLAIN = "plain"
 BATCH = 32
 
@@ -23,7 +26,7 @@ Times = dict[tuple[str, str | None], list[float]]
 
 
 def measured(backend: str, workload: str, optimizer: str, seconds: float, threads: int) -> Times:
-    """Milliseconds of the steps of a Keras with this backend, by way and bound."""
+    """Return the milliseconds of the steps of Keras with this backend, by step and bound."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "benchmarks.keras_step", workload, optimizer, str(seconds)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -51,7 +54,7 @@ def main(workload: str, optimizer: str, seconds: float) -> None:
     y = rng.standard_normal((BATCH, sizes[-1]), np.float32)
 
     def model(c: float | None) -> keras.Model:
-        keras.utils.set_random_seed(0)  # glorot's initial weights, of norms about 1
+        keras.utils.set_random_seed(0)  # Glorot's initial weights have norms of about 1
         bound = None if c is None else keras.constraints.MaxNorm(c)
         layers = [keras.layers.Dense(n, activation, kernel_constraint=bound) for n in sizes[1:-1]]
         layers.append(keras.layers.Dense(sizes[-1], kernel_constraint=bound))

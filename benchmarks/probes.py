@@ -1,6 +1,7 @@
-"""The same questions put to every library's projection onto a ball: python -m benchmarks.probes [--markdown PATH]
+"""Compare the projections onto a ball of several libraries: python -m benchmarks.probes [--markdown PATH]
 
-Each gets the same rows and c, one vector a row, and what comes back is judged in exact arithmetic.
+Each library projects the same rows with the same c, one vector in each row. The results are compared in exact
+arithmetic.
 """
 
 from __future__ import annotations
@@ -63,23 +64,23 @@ def libraries() -> Mapping[str, Project]:
 
 
 def rows(norms: Rows, length: int = 64, dtype: str = "float32") -> Rows:
-    """Vectors of random directions with these norms."""
+    """Return vectors of random directions with these norms."""
     x = np.random.default_rng(0).standard_normal((len(norms), length))
     return (x * (norms / np.linalg.norm(x, axis=1))[:, None]).astype(dtype)
 
 
 def norms(x: Rows) -> Rows:
-    """Norms of what is stored, rounded once."""
+    """Return the norms of the stored values, rounded once."""
     return np.asarray([math.sqrt(math.fsum(float(v) ** 2 for v in row)) for row in x])
 
 
 def changed(x: Rows, y: Rows) -> Rows:
-    """Which rows lost a bit."""
+    """Return which rows lost a bit."""
     return (x.view(f"u{x.itemsize}") != y.view(f"u{y.itemsize}")).any(axis=1)
 
 
 def kept(x: Rows, y: Rows) -> str:
-    """Whether every row kept its bits, and otherwise how many did not and how far the norms went."""
+    """Return whether every row kept its bits, and otherwise how many did not and how far their norms moved."""
     lost = changed(x, y)
     far = abs(norms(y[lost]) / norms(x[lost]) - 1).max(initial=0)
     return f"{lost.sum()} of {len(x)} change; norm by {far:.0e}" if lost.any() else "yes"
@@ -101,14 +102,14 @@ def held(project: Project) -> str:
 
 
 def huge(project: Project, value: float, dtype: str) -> str:
-    """(value, value) must land at c / √2 each."""
+    """Check that (value, value) is projected to c / √2 each."""
     y = project(np.full((1, 2), value, dtype)).astype(float)[0]
     near = np.allclose(y, C / math.sqrt(2), rtol=2e-3)
     return "yes" if near else f"gives ({y[0]:g}, {y[1]:g})"
 
 
 def laundered(project: Project, value: float) -> str:
-    """The row with `value` comes back as it came, the one beside it is projected as if it were alone."""
+    """Check that the row with `value` comes back unchanged, and that the row beside it is projected as usual."""
     x = rows(np.asarray([8.0, 8.0]))
     alone = project(x)[1]
     x[0, 3] = value

@@ -1,4 +1,4 @@
-"""Figures on disk: `benchmarks/results/NAME.json`, and the table and the plot made from it."""
+"""Keep figures on disk: `benchmarks/results/NAME.json`, and the table and the plot made from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def machine(threads: int) -> dict[str, object]:
-    """What the figures depend on: processor, threads and how they wait, versions."""
+    """Return what the figures depend on: processor, threads and how they wait, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 
 
 def described(machine: dict[str, object], rows: Sequence[Row]) -> str:
-    """The machine in one line, and how busy it was: the runs keep `threads` cores busy themselves."""
+    """Return the machine in one line, and how busy it was; the runs themselves keep `threads` cores busy."""
     versions = ", ".join(f"{k} {machine[k]}" for k in ("python", *PACKAGES) if machine[k])
     loads = sorted(row["load"] for row in rows)
     load = f"Load average {loads[0]:.0f} to {loads[-1]:.0f}, median {loads[len(loads) // 2]:.0f}"
@@ -49,9 +49,9 @@ def described(machine: dict[str, object], rows: Sequence[Row]) -> str:
 
 
 def merged(path: Path, here: dict[str, object], rows: list[Row], key: Sequence[str]) -> list[Row]:
-    """`rows` with those on disk that have another `key`, if the same machine and versions made them; written back.
+    """Return `rows` with those on disk that have another `key`, if the same machine and versions made them.
 
-    Each row says how busy the machine was, as a load average over the last minute.
+    The result is written to disk, too. Each row says how busy the machine was, as a load average over the last minute.
     """
     rows = [{**row, "load": round(os.getloadavg()[0], 1)} for row in rows]
     kept = []

@@ -1,8 +1,9 @@
-"""How the cost of a projected step grows: python -m benchmarks.scaling [--studies ...]
+"""Measure how the cost of a projected step grows: python -m benchmarks.scaling [--studies ...]
 
-SGD, the cheapest step and so the largest R, on one tensor or many in PyTorch. R and nanoseconds per weight against the
-number of weights, of tensors, the fan-in, the threads and the share of neurons on the bound. Writes a table, JSON and a
-plot to `benchmarks/results/`; what does not fit into memory is left out and named.
+The optimizer is SGD, which has the cheapest step and so the largest R, on one tensor or many in PyTorch. The command
+measures R and nanoseconds per weight against the number of weights, of tensors, the fan-in, the threads and the share
+of neurons on the bound. It writes a table, JSON and a plot to `benchmarks/results/`, and names the sizes that do not
+fit into memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WAYS = ("fused + renorm_ loop", "projgd, default", "projgd, hook on fused", "pro
 
 @dataclass(frozen=True)
 class Case:
-    """One point: what is varied is `x`."""
+    """Describe one point of a study; `x` is the number that the study varies."""
 
     x: float
     shape: Shape
@@ -67,7 +68,7 @@ STUDIES = {
 
 
 def fits(case: Case) -> bool:
-    """Whether parameters and gradients fit into memory, and what a step may need beside them."""
+    """Return whether parameters, gradients and the needs of a step fit into memory."""
     available = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
     return 1.5 * 8 * case.weights < 1024 * int(available.split()[1])
 
@@ -98,7 +99,7 @@ def table(rows: list[record.Row]) -> str:
 
 
 def plot(rows: list[record.Row], path: Path) -> None:
-    """R above, nanoseconds per weight below; one column a study."""
+    """Draw R above, and nanoseconds per weight below, in one column per study."""
     import matplotlib.pyplot as plt
 
     studies = [s for s in STUDIES if any(r["study"] == s for r in rows)]

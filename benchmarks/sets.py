@@ -1,8 +1,8 @@
-"""What other sets than MaxNorm, and GradScaler, cost on the same engine: python -m benchmarks.sets
+"""Measure what sets other than MaxNorm, and GradScaler, cost on the same engine: python -m benchmarks.sets
 
-Every set bounds the same weights. Half of them are pushed outwards at every step; the others lie where all sets let
-them stay, but for "initial", which keeps every norm as it is. R is the time of a step over that of the plain one;
-the last column is R over that of MaxNorm on the same engine, or over that of the step without GradScaler.
+Every set bounds the same weights. Half of them are pushed outwards at every step. The others are inside of all sets,
+except for "initial", which keeps every norm as it is. R is the time of a step over that of the plain one. The last
+column is R over that of MaxNorm on the same engine, or over that of the step without GradScaler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALED = "MaxNorm(1), GradScaler"
 
 
 def scaled(optimizer: Any) -> Step:
-    """A step as `GradScaler.step` calls it, where the optimizer knows what to do; otherwise a plain one."""
+    """Return a step as `GradScaler.step` calls it, if the optimizer supports that; otherwise a plain one."""
     if not any(group.get("fused") for group in optimizer.param_groups):
         return optimizer.step  # type: ignore[no-any-return]
     scale, found = torch.ones(()), torch.zeros(())
@@ -53,7 +53,7 @@ def measured(workload: str, name: str, seconds: float) -> list[record.Row]:
     steps: dict[Any, Step] = {}
     for engine, extra in ENGINES.items():
         for what, constraint in {**SETS, SCALED: SETS["MaxNorm(1)"]}.items():
-            params = tensors(shapes(workload))  # of its own: one set would leave the others nothing to do
+            params = tensors(shapes(workload))  # the first set would project shared ones
             optimizer = ours(params, constraint=constraint, **options, **extra)
             steps[engine, what] = scaled(optimizer) if what == SCALED else optimizer.step
     params = tensors(shapes(workload))

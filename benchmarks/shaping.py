@@ -1,4 +1,4 @@
-"""What shaping the update costs over plain fused Adam: python -m benchmarks.shaping [--workload gpt]"""
+"""Measure what shaping the update costs over plain fused Adam: python -m benchmarks.shaping [--workload gpt]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost of projecting a table with sparse gradients: with the rows that a batch touches, not with its height.
+"""Measure the cost of projecting a table with sparse gradients: it depends on the rows of a batch, not on the table.
 
 python -m benchmarks.sparse
 """
@@ -16,7 +16,7 @@ OPTIMIZERS = {"SGD": torch.optim.SGD, "SparseAdam": torch.optim.SparseAdam, "Ada
 
 
 def optimizer_with_gradient(cls: type, height: int, **settings: float) -> torch.optim.Optimizer:
-    """An optimizer of one table, whose gradient has `TOUCHED` rows that leave the ball at every step."""
+    """Return an optimizer of one table, whose gradient has `TOUCHED` rows that leave the ball at every step."""
     torch.manual_seed(0)
     table = torch.nn.Embedding(height, WIDTH, sparse=True)
     optimizer = cls(table.parameters(), lr=1.0, **settings)

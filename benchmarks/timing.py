@@ -1,6 +1,6 @@
-"""Interleaved timing: every contender once per round, so that a slow minute of the machine slows them all.
+"""Time all steps in turns, once per round, so that a slow minute of the machine slows them all.
 
-The order changes from round to round, for who comes after whom decides what lies in cache.
+The order changes from round to round, because the previous step decides what is in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds of one step: the median, and half the distance between the quartiles."""
+    """Hold the milliseconds of one step: the median, and half the distance between the quartiles."""
 
     median: float
     spread: float
@@ -31,9 +31,9 @@ def interleaved(
     rounds: tuple[int, int] = (5, 200),
     before: Callable[[], object] = lambda: None,
 ) -> dict[Name, list[float]]:
-    """Milliseconds of every step by round, for about `seconds` in all; the first calls of each are not counted.
+    """Return the milliseconds of every step by round, for about `seconds` in all, without the first calls.
 
-    `before` is called before every step, off the clock.
+    `before` is called before every step and is not timed.
     """
     for step in steps.values():
         step()
@@ -64,5 +64,5 @@ def summary(values: list[float]) -> Time:
 
 
 def ratio(values: list[float], base: list[float]) -> Time:
-    """Median and spread of the round-by-round quotients: what both share in a round cancels."""
+    """Return median and spread of the round-by-round quotients, in which common disturbances cancel."""
     return summary([a / b for a, b in zip(values, base, strict=True)])

@@ -1,7 +1,7 @@
-"""The ways to take one projected step in PyTorch, each a function without arguments.
+"""Define projected steps in PyTorch, each as a function without arguments.
 
-All contenders of a run share one set of parameters, gradients and optimizer state, so that a large workload fits into
-memory once.
+All steps of a run share one set of parameters, gradients and optimizer state, so that a large workload fits into memory
+once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Step = Callable[[], object]
 
 
 def tensors(shapes: Iterable[Shape], share: float = 0.5) -> list[Tensor]:
-    """Parameters with gradients, of which a `share` of the neurons is on the unit ball."""
+    """Return parameters with gradients, in which a `share` of the neurons is on the unit ball."""
     params = []
     for shape in shapes:
         p, g = (torch.from_numpy(x) for x in start(shape, share))
@@ -37,10 +37,10 @@ def tensors(shapes: Iterable[Shape], share: float = 0.5) -> list[Tensor]:
 
 
 class Contenders:
-    """The ways to step `params`, plain or with a bound c."""
+    """Hold the steps of `params`, plain or with a bound c."""
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
-        torch.compiler.reset()  # it compiles one method for a few objects only
+        torch.compiler.reset()  # torch.compile compiles one method for a few objects only
         self.params, self.matrices = params, [p for p in params if p.ndim > 1]
         self.stock, self.ours, self.options = OPTIMIZERS[optimizer]
         self.fused = self.stock(params, fused=True, **self.options)

@@ -1,4 +1,4 @@
-"""The four workloads: the shapes of real models, and weights of which half are on the bound."""
+"""Define the four workloads: the shapes of real models, and weights of which half are on the bound."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BOUNDS = {BINDING: 1.0, "nothing binds": 1e6}  # c, for parameters as `start` ma
 
 
 def shapes(name: str) -> list[Shape]:
-    """The parameter shapes of a workload, PyTorch layout: (out, in, *kernel) and one-axis biases."""
+    """Return the parameter shapes of a workload in PyTorch layout: (out, in, *kernel) and one-axis biases."""
     return {"mlp": _mlp, "small": _small, "resnet": _resnet50, "gpt": _gpt2_small}[name]()
 
 
 def start(shape: Shape, share: float = 0.5) -> tuple[Weights, Weights]:
-    """A parameter and its gradient, float32: a `share` of its neurons has norm 1 and is pushed outwards at every step.
+    """Return a parameter and its gradient in float32, with a `share` of neurons of norm 1 that steps push outwards.
 
-    The others have norm 0.5 and gradient zero, so that they are inside however many steps are taken.
+    The others have norm 0.5 and gradient zero, so that they stay inside for any number of steps.
     """
     rng = np.random.default_rng(math.prod(shape))
     p = rng.standard_normal(shape, np.float32)
@@ -41,7 +41,7 @@ def start(shape: Shape, share: float = 0.5) -> tuple[Weights, Weights]:
 
 
 def outputs_last(x: Weights) -> Weights:
-    """From PyTorch's layout to that of JAX and Keras: (*kernel, in, out)."""
+    """Return an array of PyTorch's layout in that of JAX and Keras: (*kernel, in, out)."""
     return np.ascontiguousarray(np.moveaxis(x, (0, 1), (-1, -2))) if x.ndim > 1 else x
 
 

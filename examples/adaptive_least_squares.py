@@ -1,8 +1,9 @@
-"""Where projected Adam ends: in the Euclidean metric beside the constrained optimum, in its own metric at it.
+"""Show where projected Adam ends: at the constrained optimum in its own metric, beside it in the Euclidean one.
 
-min ½‖Ax - b‖²/n over ‖x‖ ≤ 1 with 2,000 rows and 20 features scaled from 0.1 to 10: convex, and its optimum f* is known
-(from the secular equation). AdaGrad, RMSprop and Adam, 6,000 steps, with full gradients and with batches of 32, each
-with two learning rates of which the better counts. Prints a table; writes the curves and a picture in two dimensions.
+The problem is min ½‖Ax - b‖²/n over ‖x‖ ≤ 1 with 2,000 rows and 20 features scaled from 0.1 to 10. It is convex, and
+the secular equation gives its optimum f*. AdaGrad, RMSprop and Adam take 6,000 steps, with full gradients and with
+batches of 32, each with two learning rates, of which the better counts. The script prints a table, and writes the
+curves and a picture in two dimensions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def problem(rows: int = 2000, columns: int = 20) -> tuple[np.ndarray, np.ndarray
 
 
 def optimum(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    """argmin ½xᵀHx - qᵀx over ‖x‖ = 1: x = (H + λ)⁻¹q with the λ ≥ 0 that gives norm 1, by bisection."""
+    """Return argmin ½xᵀHx - qᵀx over ‖x‖ = 1: x = (H + λ)⁻¹q with the λ ≥ 0 that gives norm 1, by bisection."""
     values, vectors = np.linalg.eigh(hessian)
     turned = vectors.T @ linear
     low, high = 0.0, 1e9
@@ -57,7 +58,7 @@ def optimum(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
 
 
 def path(gradient: Callable[..., Any], optimizer: Any, start: Any, steps: int) -> np.ndarray:
-    """All iterates of the optimizer; `gradient` takes the point and a random key."""
+    """Return all iterates of the optimizer; `gradient` takes the point and a random key."""
 
     def step(carry: Any, key: Any) -> tuple[Any, Any]:
         x, state = carry
@@ -114,7 +115,7 @@ def compare(steps: int, out: Path) -> Table:
 
 
 def picture(out: Path) -> None:
-    """Two dimensions: the level sets, the ball, and where AdaGrad ends in either metric."""
+    """Draw in two dimensions the level sets, the ball, and where AdaGrad ends in either metric."""
     hessian, linear = np.asarray([[8.0, 1.0], [1.0, 0.25]]), np.asarray([12.0, 3.0])
     figure, panel = plt.subplots(figsize=(5.2, 5), constrained_layout=True)
     grid = np.stack(np.meshgrid(np.linspace(-0.25, 1.3, 300), np.linspace(-0.25, 1.3, 300)), -1)

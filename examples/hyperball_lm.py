@@ -1,10 +1,11 @@
-"""Does the best learning rate transfer across width? AdamW and Muon with weight decay against AdamH and MuonH.
+"""Test whether the best learning rate transfers across width, for AdamW, Muon, AdamH and MuonH.
 
-A byte-level transformer learns the sources of Python's own standard library. Its matrices are trained by the optimizer
-under test, over a sweep of learning rates, at two widths; embedding, head and gains always by the same AdamW. Then a
-table and a plot of the final validation loss against the learning rate.
+A byte-level transformer learns the sources of Python's own standard library. The optimizer under test trains its
+matrices, over a sweep of learning rates, at two widths. The same AdamW always trains embedding, head and gains. AdamW
+and Muon use weight decay. The script prints a table and writes a plot of the final validation loss against the learning
+rate.
 
-    python examples/hyperball_lm.py            # minutes on a CPU; interrupted, it goes on where it was
+    python examples/hyperball_lm.py            # takes minutes on a CPU; if interrupted, it continues
     python examples/hyperball_lm.py --steps 1000 --widths 32 128 512
 """
 
@@ -42,7 +43,7 @@ LENGTH, BATCH, LAYERS, HEAD = 64, 16, 2, 16
 
 
 class Block(nn.Module):
-    """Attention with normalised queries and keys, then a feed-forward layer; both read a normalised stream."""
+    """Apply attention with normalised queries and keys, then a feed-forward layer; both read a normalised stream."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder over bytes."""
+    """Predict the next byte with a decoder."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Transformer(nn.Module):
 
 
 def standard_library(size: int = 4_000_000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes to learn from and bytes to validate on, from different files."""
+    """Return bytes to learn from and bytes to validate on, from different files."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     parts = [b"".join(f.read_bytes() for f in files if (hash_of(f.name) % 10 == 0) == held) for held in (False, True)]
     train, valid = (torch.frombuffer(bytearray(p[:size]), dtype=torch.uint8).long() for p in parts)
@@ -90,12 +91,12 @@ def standard_library(size: int = 4_000_000) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def hash_of(name: str) -> int:
-    """The same on every machine, unlike hash()."""
+    """Return a hash that is the same on every machine, unlike hash()."""
     return sum(name.encode())
 
 
 def batch(data: torch.Tensor, size: int, seed: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random windows, and the bytes that follow each of theirs."""
+    """Return random windows, and the bytes that follow each of their bytes."""
     starts = torch.randint(len(data) - LENGTH - 1, (size, 1), generator=seed)
     windows = data[starts + torch.arange(LENGTH + 1)]
     return windows[:, :-1], windows[:, 1:]
@@ -106,7 +107,7 @@ def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def train(name: str, rate: float, width: int, steps: int, tick: Callable[[], Any]) -> tuple[float, Transformer]:
-    """Train one model; its validation loss in nats per byte (inf if it diverged), and the model."""
+    """Train one model; return its validation loss in nats per byte (inf if it diverged), and the model."""
     torch.manual_seed(0)
     seed = torch.Generator().manual_seed(1)
     learn, valid = standard_library()
@@ -139,7 +140,7 @@ def train(name: str, rate: float, width: int, steps: int, tick: Callable[[], Any
 
 
 def sweep(out: Path, widths: list[int], steps: int) -> list[dict[str, Any]]:
-    """All runs; those that `out` already has the result of are not repeated."""
+    """Run all settings, except those whose result is in `out` already."""
     log = out / f"runs-{steps}.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     todo = [(w, n, r) for w in widths for n in OPTIMIZERS for r in RATES[n]]
@@ -158,7 +159,7 @@ def sweep(out: Path, widths: list[int], steps: int) -> list[dict[str, Any]]:
 
 
 def table(runs: list[dict[str, Any]], widths: list[int]) -> str:
-    """Best learning rate and loss per width, and what the best rate of the first width costs at the last."""
+    """Return the best learning rate and loss per width, and the cost of the first width's best rate at the last."""
     lines = ["| optimizer | " + " | ".join(f"width {w}: best lr, loss" for w in widths) + " | cost of the transfer |"]
     lines += ["|" + " --- |" * (len(widths) + 2)]
     for name in OPTIMIZERS:

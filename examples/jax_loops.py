@@ -1,4 +1,4 @@
-"""Max-norm in the training loops that people write in JAX: run it to see each one's loss and largest neuron norm."""
+"""Use max-norm in the training loops that people write in JAX; print each one's loss and largest neuron norm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 60
 
 
 def data() -> tuple[jax.Array, jax.Array]:
-    """Points on a spiral, two classes: a fit needs large weights."""
+    """Return points on a spiral in two classes; a fit needs large weights."""
     t = np.linspace(0.3, 3, 64)
     arm = np.stack([t * np.cos(3 * t), t * np.sin(3 * t)], axis=1)
     return jnp.asarray(np.concatenate([arm, -arm]), jnp.float32), jnp.repeat(jnp.arange(2), 64)
@@ -37,7 +37,7 @@ def cross_entropy(logits: jax.Array) -> jax.Array:
 
 
 class Net(nn.Module):
-    """Three dense layers."""
+    """Apply three dense layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def plain() -> tuple[Any, jax.Array]:
-    """`jax.grad` in a Python loop."""
+    """Train with `jax.grad` in a Python loop."""
     params, tx = Net().init(jax.random.key(0), X)["params"], optimizer()
 
     @jax.jit
@@ -69,7 +69,7 @@ def plain() -> tuple[Any, jax.Array]:
 
 
 def scanned() -> tuple[Any, jax.Array]:
-    """All steps in one `lax.scan`, parameters and state donated, the projection in place."""
+    """Train in one `lax.scan`, with donated parameters and state and the projection in place."""
     params, tx = Net().init(jax.random.key(0), X)["params"], optax.adam(0.05)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -88,7 +88,7 @@ def scanned() -> tuple[Any, jax.Array]:
 
 
 def train_state() -> tuple[Any, jax.Array]:
-    """flax.training's TrainState, a rule for each layer."""
+    """Train with flax.training's TrainState, with a rule for each layer."""
     tx = optax.chain(optax.adam(0.05), projection({"Dense_2/kernel": None, "Dense_*/kernel": MaxNorm(C)}))
     state = TrainState.create(apply_fn=Net().apply, params=Net().init(jax.random.key(0), X)["params"], tx=tx)
 
@@ -103,7 +103,7 @@ def train_state() -> tuple[Any, jax.Array]:
 
 
 def flax_nnx() -> tuple[Any, jax.Array]:
-    """`nnx.Optimizer`."""
+    """Train with `nnx.Optimizer`."""
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(2, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 2, rngs=rngs))
     holder = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
@@ -120,7 +120,7 @@ def flax_nnx() -> tuple[Any, jax.Array]:
 
 
 def equinox() -> tuple[Any, jax.Array]:
-    """`eqx.filter_jit`, the arrays parted from the rest."""
+    """Train with `eqx.filter_jit`, with the arrays separate from the rest."""
     params, static = eqx.partition(eqx.nn.MLP(2, 2, 32, 2, key=jax.random.key(0)), eqx.is_inexact_array)
     tx = optimizer()
 
@@ -137,7 +137,7 @@ def equinox() -> tuple[Any, jax.Array]:
 
 
 def population() -> tuple[jax.Array, jax.Array]:
-    """Every pair of a bound and a rate at once, by `vmap`: losses (bounds, rates), largest norms (bounds, rates)."""
+    """Train every pair of a bound and a rate by `vmap`; return losses and largest norms, (bounds, rates)."""
     bounds, rates = jnp.asarray([0.25, 0.5, 1.0, 4.0]), jnp.asarray([0.01, 0.1, 1.0])
 
     def train(c: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,7 +165,7 @@ LOOPS: dict[str, Callable[[], tuple[Any, jax.Array]]] = {
 
 
 def largest_norm(params: Any) -> jax.Array:
-    """Of any neuron in any layer."""
+    """Return the largest norm of any neuron in any layer."""
     found = [leaf for leaf in find_leaves(params) if leaf is not None and leaf.fan_in]
     return jnp.stack([jnp.linalg.norm(leaf.array, axis=leaf.fan_in).max() for leaf in found]).max()
 

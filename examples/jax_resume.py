@@ -1,6 +1,8 @@
-"""Checkpoint with orbax, be killed, resume bit for bit: `python examples/jax_resume.py FOLDER` until it says done.
+"""Save a checkpoint with orbax, get killed, and resume bit for bit.
 
-`--die-at STEP` kills the process as the power would, without any cleaning up.
+Run `python examples/jax_resume.py FOLDER` until it says done.
+
+`--die-at STEP` kills the process without any clean-up, like a power cut.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""A sparse autoencoder whose dictionary has unit norm, with and without tangent gradients.
+"""Train a sparse autoencoder whose dictionary has unit norm, with and without tangent gradients.
 
 The activations are those of the transformer that `hyperball_lm.py` trained (run that first). An autoencoder writes each
-as a sparse sum of dictionary vectors, the columns of its decoder. Without a bound on their norm it would cheat the
-sparsity penalty, by large dictionary vectors and small codes; so they get norm 1 after every step. That undoes the
-radial part of the gradient, but Adam's moments remember it: `gradient="tangent"` removes it first (Bricken et al. 2023,
-"Towards Monosemanticity"). Three ways are compared: no norm, unit norm, unit norm with tangent gradients.
+activation as a sparse sum of dictionary vectors, the columns of its decoder. Without a bound on their norm it could
+lower the sparsity penalty by large dictionary vectors and small codes, so every step projects them to norm 1. This
+undoes the radial part of the gradient, but Adam's moments keep it: `gradient="tangent"` removes it first (Bricken et
+al. 2023, "Towards Monosemanticity"). The script compares three dictionaries: free, unit norm, and unit norm with
+tangent gradients.
 
     python examples/sae.py
 """
@@ -33,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Autoencoder(nn.Module):
-    """x ≈ decoder(relu(encoder(x))), the codes sparse."""
+    """Compute x ≈ decoder(relu(encoder(x))), with sparse codes."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class Autoencoder(nn.Module):
 
 
 def activations(weights: Path, width: int, count: int) -> torch.Tensor:
-    """The residual stream of the trained transformer on text, scaled to an average norm of √width."""
+    """Return the residual stream of the trained transformer on text, scaled to an average norm of √width."""
     model = lm.Transformer(width)
     model.load_state_dict(torch.load(weights))
     data, seed = lm.standard_library()[0], torch.Generator().manual_seed(3)
@@ -60,7 +61,7 @@ def activations(weights: Path, width: int, count: int) -> torch.Tensor:
 
 
 def train(way: str, x: torch.Tensor, steps: int, sparsity: float, tick: Any) -> list[dict[str, float]]:
-    """Losses, and the norms of the dictionary, at a hundred moments."""
+    """Return the losses, and the norms of the dictionary, at a hundred steps."""
     torch.manual_seed(0)
     model = Autoencoder(x.shape[1], 4 * x.shape[1])
     rest = [model.encoder.weight, model.encoder.bias, model.decoder.bias]

@@ -1,4 +1,4 @@
-"""The sets that weights can be held in, as frozen dataclasses.
+"""Define the sets that weights can be held in, as frozen dataclasses.
 
 A new set of norms is a dataclass here that returns its `band`. Any other set is a dataclass here and one function in
 `projgd.projections`. PyTorch and JAX then have the set, with every engine that suits it.

@@ -13,6 +13,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.e
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels are interpreted, if triton is imported after this
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 hypothesis.settings.register_profile("same cases", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same cases")
 

@@ -120,7 +120,7 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
 
 
 def fan_in(layer: nn.Module, name: str, ndim: int) -> tuple[int, ...] | Split | None:
-    """Return the axes of a parameter along which the weights of one neuron lie; None for a parameter without a fan-in.
+    """Return the axes of a parameter that hold the weights of one neuron; None for a parameter without a fan-in.
 
     Args:
         layer: the layer that the parameter belongs to.

@@ -249,7 +249,7 @@ def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[
 
 
 class Router:
-    """Keep the routes of the last step, and make them anew if settings, tensors or memory have changed."""
+    """Keep the routes of the last step, and make new ones if settings, tensors or memory have changed."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}

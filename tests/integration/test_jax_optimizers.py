@@ -12,12 +12,12 @@ from projgd.optax import maxnorm_projection, project, projection
 
 C = 0.8
 RNG = np.random.default_rng(0)
-PARAMS = {
-    "Dense_0": {"kernel": jnp.asarray(RNG.standard_normal((8, 6)) / 10, jnp.float32), "bias": jnp.zeros(6)},
-    "Dense_1": {"kernel": jnp.asarray(RNG.standard_normal((6, 3)) / 10, jnp.float32), "bias": jnp.zeros(3)},
+PARAMS = {  # of few shapes, because JAX compiles every operation for every shape
+    name: {"kernel": jnp.asarray(RNG.standard_normal((6, 6)) / 10, jnp.float32), "bias": jnp.zeros(6)}
+    for name in ("Dense_0", "Dense_1")
 }
-INPUTS = jnp.asarray(RNG.standard_normal((32, 8)), jnp.float32)
-TARGETS = jnp.asarray(RNG.standard_normal((32, 3)) * 30, jnp.float32)  # far out: a fit needs large weights
+INPUTS = jnp.asarray(RNG.standard_normal((32, 6)), jnp.float32)
+TARGETS = jnp.asarray(RNG.standard_normal((32, 6)) * 30, jnp.float32)  # far out: a fit needs large weights
 ON_THE_BOUND = project(jax.tree.map(lambda p: 100 * p, PARAMS), MaxNorm(C))  # slow starters reach it too
 
 
@@ -174,7 +174,7 @@ def test_lookahead_is_projected_outside_of_it():
 
 def test_schedule_free_constrains_where_gradients_are_taken():
     """Not the average that is evaluated: that one is projected when it is taken."""
-    tx = optax.chain(contrib.schedule_free_sgd(0.3), maxnorm_projection(C))
+    tx = optax.chain(contrib.schedule_free_sgd(1.0), maxnorm_projection(C))
     state, params = tx.init(PARAMS), PARAMS
     for _ in range(8):
         updates, state = tx.update(jax.grad(loss)(params), state, params)

@@ -1,15 +1,9 @@
-"""Where there is no GPU, Triton's kernels are interpreted: that must be said before triton is imported."""
-
-import os
+"""What only the tests of Triton need."""
 
 import numpy as np
 import pytest
-import torch
 
 from tests.contract import NUMPY
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

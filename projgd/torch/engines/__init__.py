@@ -1,1 +1,1 @@
-"""Engines: the ways to apply a constraint to the parameters of a step. `projgd.torch.routing` chooses among them."""
+"""Apply the constraint of a job to parameters; `projgd.torch.routing` chooses among the engines."""

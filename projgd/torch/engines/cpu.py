@@ -1,6 +1,6 @@
-"""SGD, Adam and AdamW with the projection on a CPU: one numba kernel for all tensors of a group.
+"""Run SGD, Adam and AdamW with the projection on a CPU, in one numba kernel for all tensors of a group.
 
-This file says what the kernel takes, and collects what it reads. The kernel is in `cpu_kernel`, which is imported at
+This file decides what the kernel takes, and collects what it reads. The kernel is in `cpu_kernel`, which is imported at
 the first step, because importing numba takes half a second.
 """
 
@@ -38,7 +38,7 @@ from projgd.torch.metrics import OfStep
 if TYPE_CHECKING:
     from projgd.torch.engines.cpu_kernel import Tables
 
-_address, _stride = Tensor.data_ptr, Tensor.stride  # for `map`: with many small tensors, Python is what takes time
+_address, _stride = Tensor.data_ptr, Tensor.stride  # `map` calls methods faster than lambdas
 
 
 class Cpu(Engine):
@@ -61,7 +61,7 @@ class Cpu(Engine):
                 add_missing_states(job, p)
         read = {name: [state[name] for state in states] for name in names}
         table = [list(map(_address, tensors)) for tensors in (params, params, *(read[k] for k in names if k != "step"))]
-        table += table[-1:] * (5 - len(table))  # one for the gradients, three for states
+        table += table[-1:] * (5 - len(table))  # the kernel reads a row for the gradients and three for states
         sources, bands, rows = _lay_out(job, params)
         tables = Tables(table, list(map(_address, read.get("step", []))), rows, bands)
         return _Prepared(tables, sources, job.constraint, starting, [read, *job.radii.values()])
@@ -80,7 +80,7 @@ class Cpu(Engine):
             _project_in_metric(params[k], job)
 
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
-        """Return where parameters and states lie, and the form of parameters and gradients.
+        """Return the addresses of parameters and states, and the forms of parameters and gradients.
 
         None where a state or a gradient is missing, a gradient is sparse, or the process was forked.
         """
@@ -91,7 +91,7 @@ class Cpu(Engine):
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
             found.append(list(map(Tensor.numel, grads)))
             found.append(any(map(Tensor.is_neg, grads)))
-            if names:  # in the order of the parameters, if it can be, because looking one up runs Python code
+            if names:  # looking up a parameter in a dict runs Python code, so this avoids it if the orders agree
                 in_order = len(state) == len(params) and all(map(operator.is_, state, params))
                 states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))
                 found += [list(map(_address, map(operator.itemgetter(name), states))) for name in names]
@@ -101,7 +101,7 @@ class Cpu(Engine):
 
 
 def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
-    """Yield what may keep the engine from taking a parameter, each with a sentence for the user."""
+    """Yield pairs: whether the engine refuses a parameter for some reason, and the reason for the user."""
     yield p.device.type != "cpu", ""
     yield from reasons_not_to_step(job, p)
     yield any(job.group.get(k) for k in ("capturable", "differentiable")), "no graph can record its step"
@@ -129,10 +129,13 @@ _forked = False
 
 
 def _note_fork() -> None:
-    """In the child of a fork, note that threads that numba started are not there: waiting for them would never end."""
+    """Note in the child of a fork that the threads of numba are missing.
+
+    Waiting for them would never end.
+    """
     global _forked
     numba: Any = sys.modules.get("numba")
-    with contextlib.suppress(ValueError):  # raised where no threads were started
+    with contextlib.suppress(ValueError):  # numba raises this if it has started no threads
         _forked = _forked or (numba is not None and bool(numba.threading_layer()))
 
 
@@ -142,14 +145,14 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass
 class _Prepared:
-    """What stays from step to step.
+    """Hold what the engine keeps from step to step.
 
     Attributes:
         tables: what the kernel reads.
-        sources: where bands come from: the first row in the table of bands, a parameter, and its vectors.
-        constraint: what the bands were made of.
+        sources: for each run of bands, its first row in the table of bands, the parameter, and its vectors.
+        constraint: the constraint that the bands were made from.
         starting: the parameters whose momentum starts with this step.
-        kept: tensors and radii that are known by address or identity, which nobody else can have while they are here.
+        kept: tensors and radii that are known by address or identity; keeping them here keeps both unique.
     """
 
     tables: Tables
@@ -183,7 +186,7 @@ _Source = tuple[int, Tensor, Vectors]
 
 
 def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[Any], list[Any]]:
-    """Return where bands come from, the bands, and where vectors lie, as `cpu_kernel.cut_tiles` reads it."""
+    """Return the sources of the bands, the bands, and the rows of each tensor as `cpu_kernel.cut_tiles` reads them."""
     sources: list[_Source] = []
     bands: list[Any] = []
     rows: list[Any] = []
@@ -201,7 +204,7 @@ def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[An
 
 
 def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
-    """Return the numbers of a band, or of those of all vectors in the order of memory where they differ."""
+    """Return the numbers of a band, or one row of numbers per vector, in the order of memory, if they differ."""
     assert band is not None
     numbers = band.low, band.high, band.up, band.down, band.pull
     if not any(isinstance(n, Tensor) for n in numbers):
@@ -213,7 +216,7 @@ def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
 
 @torch.no_grad()
 def _project_in_metric(p: Tensor, job: Job) -> None:
-    """Project a parameter that the kernel has left, because its metric is out of range."""
+    """Project a parameter that the kernel could not, because its metric is out of range."""
     vectors, band = job.vectors(p), job.band(p)
     diagonal = None if job.metric is None else job.metric(p)
     if vectors is not None and band is not None and diagonal is not None:

@@ -1,15 +1,15 @@
-"""The kernel of the engine `cpu`: update, norm and rescaling of a vector while it is in cache, all tensors in one call.
+"""Define the kernel of the engine `cpu`: it updates, measures and rescales a vector while it is in cache.
 
 A tensor is `count` rows of `length` float32 numbers, one after the other in memory; each row is a vector. The rows are
-cut into tiles, and the tiles are dealt out to threads. Within a tile, a few rows are updated, then their norms are
+cut into tiles, and the tiles are divided among threads. Within a tile, a few rows are updated, then their norms are
 taken and those outside of their band are scaled, all while they are in the first-level cache. A row that is longer than
-a tile is shared: its tiles leave their sums of squares, and a second pass rescales.
+a tile is shared: each of its tiles stores its sum of squares, and a second pass rescales the row.
 
-Sums are taken in float64, where squares of float32 numbers neither over- nor underflow and their sum is as good as
+Sums are taken in float64. Squares of float32 numbers neither over- nor underflow there, and their sum is as good as
 exact in any order. So `_plus_square` may reorder them, which vectorises the loop. No flag assumes that NaN or infinity
-cannot occur, but for `_weigh` and `_sum_block`, which see finite numbers only.
+cannot occur, except in `_weigh` and `_sum_block`, which see finite numbers only.
 
-Everything compiled is in this file, because numba's cache on disk looks at the age of one file only.
+Everything compiled is in this file, because numba's cache on disk checks the age of one file only.
 """
 
 # numba's decorators have no types.
@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
 Rows = Sequence[tuple[int, int, int, int]]
@@ -54,8 +54,8 @@ SHARE = 1 << 17
 
 TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns of `tiles`
 PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of the table of addresses
-GUESS = 256  # entries of a vector that the first guess at its multiplier looks at
-STEPS = 30  # of the iteration for a multiplier, at most; 2 or 3 are usual
+GUESS = 256  # the first guess at a multiplier reads this many entries of a vector
+STEPS = 30  # the iteration for a multiplier usually needs 2 or 3 steps
 LIGHTEST, HEAVIEST = (127 - 50) << 23, (127 + 50) << 23  # the bits of 2^-50 and 2^50, see `_weigh`
 
 _exact = njit(error_model="numpy")
@@ -74,7 +74,7 @@ def _pointer(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a · b + c, rounded once: where torch's kernels do, so that the bits agree."""
+    """Return a · b + c, rounded once as in torch's kernels, so that the bits agree."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fma(*args)
@@ -84,7 +84,7 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def _plus_square(typing: Any, total: Any, x: Any) -> Any:
-    """Return total + x · x, which the compiler may add up in any order, and so several at once."""
+    """Return total + x · x; the compiler may add in any order, so it adds several squares at once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         flags = ("reassoc", "contract")
@@ -109,8 +109,9 @@ def _unscale(g: Any, scale: float) -> None:
 def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: float, total: Any) -> Any:
     """Run torch.optim.SGD on a run of memory of tensor k, and return the sum of the squares of what is stored.
 
-    It sums as it updates, because it waits for memory anyway: summing afterwards takes 5 to 15 % longer. With `total`
-    None it does not sum. There are two loops, because one with all of these conditions is not vectorised (40 % longer).
+    It sums while it updates, because it waits for memory anyway: summing afterwards takes 5 to 15 % longer. With
+    `total` None it does not sum. There are two loops, because a single loop with all conditions is not vectorised (40 %
+    longer).
     """
     p, g, m = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size), _view(table[M, k], start, size)
     lr, momentum, decay, sign = np.float32(h[0]), np.float32(h[1]), np.float32(h[2]), np.float32(h[3])
@@ -140,7 +141,7 @@ def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: flo
 
 @_exact
 def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any) -> None:
-    """Run torch.optim.Adam or AdamW on a run of memory of tensor k. It does not sum: that would make it slower."""
+    """Run torch.optim.Adam or AdamW on a run of memory of tensor k, without a sum, which would slow it down."""
     p, g, m = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size), _view(table[M, k], start, size)
     v, x = _view(table[V, k], start, size), _view(table[LARGEST, k], start, size)
     weight1, weight2, beta2 = np.float32(1 - h[1]), np.float32(1 - h[2]), np.float32(h[2])
@@ -172,7 +173,7 @@ def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any
 
 @_exact
 def _count(h: Any, counters: Any, factors: Any) -> None:
-    """Add 1 to the step counts; `factors` become the step size and the root of the second bias correction."""
+    """Add 1 to the step counts, and write the step size and the root of the second bias correction to `factors`."""
     count = np.float32(0)
     for k in range(len(counters)):
         counter = carray(_pointer(counters[k]), 1)
@@ -194,13 +195,13 @@ def _sum_squares(address: int, start: int, size: int) -> float:
 
 @_exact
 def _is_inside(square: float, low: float, high: float) -> bool:
-    """Whether a vector with this sum of squares surely stays: without a root, and without a call for every vector."""
+    """Return whether a vector with this sum of squares surely stays, without a root for every vector."""
     return low * low * (1 + 2.0**-50) <= square <= high * high * (1 - 2.0**-50)
 
 
 @_exact
 def _factor(norm: float, band: Any) -> Any:
-    """Return what a vector is multiplied by, as `Band.factors` does."""
+    """Return the factor of a vector, as `Band.factors` does."""
     low, high, up, down, pull = band[0], band[1], band[2], band[3], band[4]
     if low <= norm <= high or not 0 < norm < np.inf:
         return 1.0
@@ -210,7 +211,7 @@ def _factor(norm: float, band: Any) -> Any:
 
 @_exact
 def _scale(x: Any, factor: float) -> None:
-    """Multiply x; in float64 where the factor is subnormal or infinite in float32, such as 1e-3 / 3e38."""
+    """Multiply x, in float64 if the factor is subnormal or infinite in float32, such as 1e-3 / 3e38."""
     if 2.0**-100 < factor < 2.0**100:
         short = np.float32(factor)
         for i in range(x.size):
@@ -224,7 +225,11 @@ def _scale(x: Any, factor: float) -> None:
 def _project(
     eps: Any, norm: float, band: Any, table: Any, k: int, start: int, size: int, root: float, space: Any
 ) -> Any:
-    """Project a vector of this norm, or without a metric a part of one; return False if the metric is out of range."""
+    """Project a vector of this norm, or without a metric a part of one.
+
+    Returns:
+        False if the metric is out of range.
+    """
     factor = _factor(norm, band)
     if factor == 1:
         return True
@@ -237,7 +242,11 @@ def _project(
 
 @_exact
 def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, goal: float, space: Any) -> bool:
-    """Move x to the nearest point of norm `goal`, which is less than its `norm`, in D = √v / root + ε, if it can."""
+    """Move x to the nearest point of norm `goal`, which is less than its `norm`, in D = √v / root + ε.
+
+    Returns:
+        False if the metric is out of range; x does not change then.
+    """
     y, d = space[0, : x.size], space[1, : x.size]
     if not (2.0**-60 < goal < 2.0**60 and norm < 2.0**20 * goal and _weigh(x, v, root, eps, goal, y, d)):
         return False
@@ -252,9 +261,10 @@ def _project_in_metric(x: Any, v: Any, root: float, eps: float, norm: float, goa
 
 @_exact
 def _weigh(x: Any, v: Any, root: float, eps: float, goal: float, y: Any, d: Any) -> Any:
-    """Write y = x / goal and D = √v / root + ε; return whether no power of D that is summed over- or underflows."""
+    """Write y = x / goal and D = √v / root + ε; return whether no summed power of D over- or underflows."""
     factor, divisor, least = np.float32(1 / goal), np.float32(root), np.float32(eps)
-    low, high, bits = np.uint32(0xFFFFFFFF), np.uint32(0), d.view(np.uint32)  # ordered as the numbers, then NaN
+    # The bits of positive floats are ordered like the floats, and those of NaN are the largest.
+    low, high, bits = np.uint32(0xFFFFFFFF), np.uint32(0), d.view(np.uint32)
     for i in range(y.size):
         y[i] = x[i] * factor
         d[i] = np.sqrt(v[i]) / divisor + least
@@ -264,10 +274,10 @@ def _weigh(x: Any, v: Any, root: float, eps: float, goal: float, y: Any, d: Any)
 
 @_exact
 def _find_multiplier(y: Any, d: Any, norm: float) -> Any:
-    """Return λ > 0 with ‖x(λ)‖ = 1, x as in `_sum_moments`, for y with a norm above 1; -1 where none was found.
+    """Return λ > 0 with ‖x(λ)‖ = 1, x as in `_sum_moments`, for y with a norm above 1; -1 if none was found.
 
-    Newton's iteration on 1/‖x(λ)‖ = 1 with one more term of the series. Left of the root it never steps over; from the
-    right, where the guess from the first entries may lie, Newton's own step leads back to the left.
+    This is Newton's iteration on 1/‖x(λ)‖ = 1 with one more term of the series. Left of the root it never steps over.
+    The guess from the first entries may be right of the root; Newton's own step leads back to the left from there.
     """
     size = min(y.size, GUESS)
     _, first, second = _sum_moments(y[:size], d[:size], 0.0)
@@ -281,7 +291,7 @@ def _find_multiplier(y: Any, d: Any, norm: float) -> Any:
         multiplier = max(multiplier + (newton * (1 + bend) if abs(bend) < 0.3 else newton), lower)
         if not multiplier < np.inf:
             return -1.0
-        if step > 0 and abs(bend) < 0.1 and abs(excess) * bend * bend < 2e-9:  # the next excess, but for rounding
+        if step > 0 and abs(bend) < 0.1 and abs(excess) * bend * bend < 2e-9:  # an estimate of the next excess
             return multiplier
         zeroth, first, second = _sum_moments(y, d, multiplier)
         if zeroth > 1:
@@ -312,7 +322,7 @@ def _sum_block(y: Any, d: Any, multiplier: Any) -> Any:
 
 @_finite
 def _shrink(y: Any, d: Any, multiplier: float) -> float:
-    """Make y the x(λ) of `_sum_moments`, and return its norm."""
+    """Write x(λ) of `_sum_moments` into y, and return its norm."""
     short, total = np.float32(multiplier), 0.0
     for i in range(y.size):
         y[i] *= d[i] / (d[i] + short)
@@ -356,7 +366,7 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
             for j in range(0, tile[COUNT], side):
                 count, start, square = min(side, tile[COUNT] - j), tile[START] + j * length, 0.0
                 is_summed = count == 1 and not is_free and adam is None
-                # numba leaves out a branch that needs None to be something else, one `if` at a time.
+                # numba removes a branch that cannot run because a value is None, but only a simple `if`.
                 if sgd is not None:
                     if is_summed:
                         square = _update_sgd(sgd, table, k, start, length, factors[k, 0], 0.0)
@@ -380,7 +390,7 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
             for i in range(ranges[t], ranges[t + 1]):
                 tile = tiles[i]
                 first, end, length = tile[FIRST], tile[FIRST] + tile[PARTS], tile[LENGTH]
-                if eps is not None:  # whole vectors
+                if eps is not None:  # a metric needs whole vectors
                     length = tiles[first:end, LENGTH].sum() if first == i else 0
                 if tile[PARTS] > 1 and length > 0:
                     k, norm, band = tile[TENSOR], math.sqrt(sums[first:end].sum()), bands[tile[BAND]]
@@ -389,23 +399,24 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
 
 
 def _compile() -> Any:
-    """Have `step` compiled on its first call and kept on disk, where there is a directory to keep it in."""
+    """Return `step`, which numba compiles on its first call and keeps on disk if it can write a directory."""
     try:
         return njit(parallel=True, nogil=True, error_model="numpy", cache=True)(step)
-    except RuntimeError:  # no directory can be written
+    except RuntimeError:  # numba raises this if it can write no directory
         return njit(parallel=True, nogil=True, error_model="numpy")(step)
 
 
 _run = _compile()
 _lock = threading.Lock()  # numba's simplest thread pool cannot be entered twice
-_ready: set[tuple[type, ...]] = set()  # what the kernel is compiled for
+_ready: set[tuple[type, ...]] = set()  # the types that the kernel is compiled for
 
 
 class Tables:
-    """What the kernel reads and writes, for tensors that stay where they are.
+    """Hold what the kernel reads and writes, for tensors that do not move in memory.
 
     Attributes:
-        factors, bands: see `step`.
+        factors: see `step`.
+        bands: see `step`.
     """
 
     def __init__(self, addresses: Table, counters: Sequence[int], tensors: Rows, bands: Table) -> None:
@@ -414,11 +425,11 @@ class Tables:
         self.factors, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
         self._tiles = cut_tiles(tensors)
         self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
-        self._most = 1 + sum(count * length for count, length, *_ in tensors) // SHARE  # threads that they are worth
-        self._ranges: dict[int, Any] = {}  # by the number of threads
+        self._most = 1 + sum(count * length for count, length, *_ in tensors) // SHARE  # more threads would slow it
+        self._ranges: dict[int, Any] = {}  # the user may change the number of threads
 
     def run(self, grads: Sequence[int], sgd: Any, adam: Any, eps: float | None) -> list[int]:
-        """Run `step` with gradients at these addresses, and return the tensors that it could not settle."""
+        """Run `step` with gradients at these addresses; return the tensors whose metric is out of range."""
         self._addresses[GRAD] = grads
         threads = min(torch.get_num_threads(), self._most)
         if threads not in self._ranges:
@@ -432,12 +443,12 @@ class Tables:
 
 
 def _launch(threads: int, operands: tuple[Any, ...]) -> None:
-    """Run the kernel, alone in this process; alone on this machine where it may have to be compiled."""
+    """Run the kernel, alone in this process, and alone on this machine if it may have to be compiled."""
     variant = tuple(map(type, operands))
     with _lock, contextlib.nullcontext() if variant in _ready else _compiling():
         of_torch = torch.get_num_threads()
         before = numba.get_num_threads()
-        if torch.get_num_threads() != of_torch:  # numba started its threads, and told the OpenMP of both how many
+        if torch.get_num_threads() != of_torch:  # numba has set the number of the OpenMP that both use
             torch.set_num_threads(of_torch)
         numba.set_num_threads(min(threads, before))
         try:
@@ -449,7 +460,7 @@ def _launch(threads: int, operands: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Let one process at a time compile, and the others find the result: numba's index allows for one writer."""
+    """Let one process at a time compile, because numba's index has one writer; the others find the result."""
     directory = _run.stats.cache_path
     if fcntl is None or directory is None:
         yield
@@ -461,11 +472,11 @@ def _compiling() -> Iterator[None]:
 
 
 def cut_tiles(tensors: Rows) -> Any:
-    """Return the tiles that the kernel walks over, a row each.
+    """Return the tiles that the kernel walks over, one in each row.
 
-    Its columns are: the tensor; where its first vector starts; how many vectors, and of how many entries; the row in
-    `bands` of the first vector, -1 if it is free, and the distance to that of the next; the first of the tiles that
-    share its vector, and how many these are.
+    The columns are: the tensor; the start of its first vector; the number of vectors, and of entries in each; the row
+    in `bands` of the first vector, or -1 for a free tensor, and the distance to that of the next vector; the first of
+    the tiles that share its vector, and their number.
 
     Args:
         tensors: (count, length, band, step) of each: `count` vectors of `length` entries in memory.
@@ -484,7 +495,7 @@ def cut_tiles(tensors: Rows) -> Any:
 
 
 def deal_out(tiles: Any, threads: int) -> Any:
-    """Return which tiles are whose: ranges with about the same number of entries."""
+    """Return the range of tiles of each thread, with about the same number of entries in each."""
     ends = np.concatenate([[0], np.cumsum(tiles[:, COUNT] * tiles[:, LENGTH])])
     cuts = np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1))
     cuts[-1] = len(tiles)

@@ -1,8 +1,8 @@
-"""The projection in a diagonal metric on a CPU by plain operations: only rows outside, a few in a cache at a time.
+"""Project in a diagonal metric on a CPU with plain operations: only the rows outside, a few in a cache at a time.
 
-What `projgd.metrics.project_band` says, with the same new norm. The secular equation is solved in units where the new
-norm is 1 and max D is 1, from λ = 0, which is left of the root for a row that is too long; Newton's iteration then only
-climbs. Rows for which that could over- or underflow go to the reference.
+The result is that of `projgd.metrics.project_band`. The secular equation is solved in units where the new norm is 1 and
+max D is 1. Newton's iteration starts from λ = 0, which is left of the root for a row that is too long, so it only
+climbs. The reference projects rows for which that could over- or underflow.
 """
 
 from __future__ import annotations
@@ -79,19 +79,19 @@ def _project_rows(p: Tensor, rows: Tensor, band: Band, job: Job) -> None:
 
 
 def _solve(y: Tensor, d: Tensor, near: Tensor, band: Band) -> Tensor | None:
-    """Return the rows nearest to y in the metric d whose norm is `band.down`; None where it needs the reference.
+    """Return the rows nearest to y in the metric d whose norm is `band.down`; None if only the reference can find them.
 
-    x(λ) = y D / (D + λ) has the moments m_k = Σ x² / (D + λ)^k. Newton's step on 1/‖x(λ)‖ = 1 is (‖x‖ - 1) m_0 / m_1;
-    one more term of the series makes a second step rare.
+    x(λ) = y D / (D + λ) has the moments m_k = Σ x² / (D + λ)^k. Newton's step on 1/‖x(λ)‖ = 1 is (‖x‖ - 1) m_0 / m_1.
+    One more term of the series makes a second step rare.
 
     Args:
         y: (rows, length), rows whose norms `near` are above the new one.
         d: the diagonal, of the shape of y.
         near: float64 norms of y.
-        band: its `down` is the new norm.
+        band: the band; its `down` is the new norm.
     """
     least, most = d.aminmax()
-    if not (least.item() >= SMALLEST and most.item() <= 1 / SMALLEST):  # a NaN, too
+    if not (least.item() >= SMALLEST and most.item() <= 1 / SMALLEST):  # `not` makes a NaN return, too
         return None
     d = d.float()
     x: Tensor = y.float() / band.down

@@ -1,13 +1,13 @@
-"""Plain operations of PyTorch, in place: norms, factors, one product.
+"""Project with plain operations of PyTorch, in place: norms, factors, one product.
 
-On a CPU small parameters are stacked, so that they share calls, and large ones are projected in pieces that stay in a
-cache between their norm and their product. Where no norm is outside of the band nothing is written. On a GPU there is
-no branch: the host never waits, and a step can be captured in a graph.
+On a CPU small parameters are stacked, so that they share calls. Large ones are projected in pieces that stay in a cache
+between their norm and their product. If no norm is outside of the band, nothing is written. On a GPU there is no
+branch: the host never waits, and a graph can capture a step.
 
 Squares are summed in blocks of float32 in which no square passes through more additions than `FloatType.free`, and the
-norms of the blocks in float64. Whatever the order within a block, a norm then errs by less than `sums.guard` allows for
-(Higham, *Accuracy and Stability of Numerical Algorithms*, section 4.2). CUDA sums in float64 throughout, which costs
-nothing beside reading the weights, and in which no square of a float32 over- or underflows.
+norms of the blocks are summed in float64. In any order within a block, a norm then errs by less than `sums.guard`
+allows (Higham, *Accuracy and Stability of Numerical Algorithms*, section 4.2). CUDA sums in float64 throughout. This
+costs nothing beside reading the weights, and no square of a float32 over- or underflows in it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from projgd.sums import FLOATS
 from projgd.torch.engines import reference
 from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory, rows_of
 
-BLOCK = 64  # squares that may be added in any order
-PIECE = 2**22  # entries projected together: 8 MB, which stay in a cache between their norm and their product
-SMALL = 2**16  # entries; beyond, copying a parameter onto a stack costs more than the calls that it saves
-NEAR, FAR = 2.0**-40, 2.0**64  # norms whose squares, in blocks, neither underflow nor overflow in float32
+BLOCK = 64  # this many squares may be added in any order
+PIECE = 2**22  # this many entries stay in a cache between their norm and their product
+SMALL = 2**16  # with more entries, copying a parameter onto a stack costs more than the calls that it saves
+NEAR, FAR = 2.0**-40, 2.0**64  # squares of norms between these neither under- nor overflow in float32
 _norm = torch.linalg.vector_norm
 
 
@@ -83,20 +83,20 @@ def project_without_branch_(p: Tensor, job: Job) -> None:
         band = band.unless(job.skip.to(p.device), xp)
     x = p.reshape(vectors.shape)
     factor = band.factors(_norm(x, dim=vectors.axes, keepdim=True, dtype=torch.float64), torch)
-    moved = torch.mul(x, factor, out=torch.empty_like(x))  # in float64: c / 3e38 may be subnormal in float32
+    moved = torch.mul(x, factor, out=torch.empty_like(x))  # float64, because c / 3e38 may be subnormal in float32
     p.copy_(torch.where(factor != 1, moved, x).reshape(p.shape))
 
 
 @dataclass(frozen=True)
 class _Array:
-    """One array to project: a parameter, some rows of a large one, or small ones in a stack.
+    """Describe one array to project: a parameter, some rows of a large one, or a stack of small ones.
 
     Attributes:
         x: the memory of the weights, or of the stack, in the shape of its vectors.
         axes: the axes that make one vector.
         params: the parameters that it holds.
         sources: the parameters that are copied onto a stack, in the shape of their vectors; empty for no stack.
-        parts: what belongs to each of them in the stack.
+        parts: the part of the stack that belongs to each of them.
     """
 
     x: Tensor
@@ -108,11 +108,13 @@ class _Array:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Arrays whose norms are judged together: calls for the few numbers of each array would cost more than the norms.
+    """Hold arrays whose norms are compared together.
+
+    Separate calls for the few norms of each array would cost more than the norms.
 
     Attributes:
-        arrays: what is projected; all have one band, or each vector has its own.
-        fixed: a band with one number for each vector of the batch, where sets have taken radii; otherwise None.
+        arrays: the arrays; all have one band, or each vector has its own.
+        fixed: a band with one number for each vector of the batch, if sets have taken radii; otherwise None.
         found: memory for the norms, float64.
         factors: memory for the factors, float32.
         norms: the part of `found` for each array.
@@ -136,7 +138,7 @@ class _Batch:
             return
         is_ball = isinstance(band.low, float) and band.low == 0.0
         is_usual = most < FAR and (is_ball or least > NEAR)
-        if is_usual and band.pull == 1:  # `Band.factors`, in fewer calls
+        if is_usual and band.pull == 1:  # this is `Band.factors` in fewer calls
             torch.div(band.goal(self.found, torch), self.found.clamp_(min=NEAR * NEAR), out=self.factors)
         else:
             self.factors.copy_(band.factors(self.found, torch))
@@ -147,7 +149,7 @@ class _Batch:
         for a in self.arrays:
             if a.sources:
                 torch._foreach_copy_(a.sources, a.parts)
-        if not is_usual:  # the others first: the next step may find them alone, and must have nothing to do
+        if not is_usual:  # last: the factors above then decide the other vectors, as they will in the next step
             for p in {id(p): p for a in self.arrays for p in a.params}.values():
                 reference.project_(p, job)
 
@@ -171,7 +173,7 @@ class _Batch:
 
 
 def _batches(job: Job, params: Sequence[Tensor]) -> list[_Batch]:
-    """Cut large parameters into pieces, stack small ones, and put together what has the same band."""
+    """Cut large parameters into pieces, stack small ones, and collect the arrays with the same band."""
     batches: list[list[_Array]] = []
     sizes: dict[Any, tuple[int, list[_Array]]] = {}
     for array in _arrays(job, params):
@@ -223,7 +225,7 @@ def _batch(job: Job, arrays: list[_Array]) -> _Batch:
 
 
 def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
-    """Return the bands of parameters with radii of their own as one, with a number for each vector of the arrays."""
+    """Return one band with a number for each vector, from the bands of parameters with radii of their own."""
     params = [p for a in arrays for p in a.params]
     if params[0] not in job.radii:
         return None
@@ -236,7 +238,7 @@ def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
 
 
 def _is_usual(band: Band) -> bool:
-    """Whether the numbers of a band are far from both ends of float32, squared."""
+    """Return whether the squares of a band's numbers are far from both ends of float32."""
     used = [band.down] if isinstance(band.low, float) and band.low == 0.0 else [band.up, band.down]
     return all(bool(((n := torch.as_tensor(x)) > 2.0**-38).all() and (n < 2.0**60).all()) for x in used)
 
@@ -246,8 +248,8 @@ def longest_block() -> int:
     """Return how many squares of contiguous float32 numbers may go into one call of torch's norm.
 
     torch adds them in as many lanes as a vector register holds numbers, then the lanes, then the rest (2.13,
-    aten/src/ATen/native/cpu/ReduceOpsKernel.cpp). This asks it: beside 4096² = 2^24 a square of 1 in the same lane is
-    lost. No square may pass through more than `FloatType.free` additions.
+    aten/src/ATen/native/cpu/ReduceOpsKernel.cpp). This function measures the number of lanes: beside 4096² = 2^24 a
+    square of 1 in the same lane is lost. No square may pass through more than `FloatType.free` additions.
     """
     x = torch.ones(1, 256, dtype=torch.float32, device="cpu")
     x[0, 0] = 4096.0
@@ -293,13 +295,13 @@ def _quick_norms(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     if blocks is not None:
         found: Tensor = _norm(_norm(blocks, 2, 2), 2, 1, dtype=torch.float64)
         return found.view([1 if a in axes else n for a, n in enumerate(x.shape)])
-    # Neighbours in memory are merged where both are summed or both are not.
+    # Merging neighbours in memory saves calls, if both are summed or neither is.
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     y, block = x.permute(order), BLOCK
     merged = [list(run) for _, run in itertools.groupby(order, key=lambda a: a in axes)]
     y = y.reshape([math.prod([x.shape[a] for a in run]) for run in merged])
     summed = [i for i, run in enumerate(merged) if run[0] in axes]
-    for i in reversed(summed):  # blocks of at most `BLOCK` squares in all, before float64
+    for i in reversed(summed):  # a block may hold at most `BLOCK` squares before float64
         n = y.shape[i]
         size = min(block, n)
         full = n - n % size

@@ -1,13 +1,13 @@
-"""The projection under torch.compile.
+"""Project under torch.compile.
 
 Norms and products belong to the graph: Inductor puts the norm into the loop of the update, and computes the update once
-more for the product, so that no weights are written twice. What happens in between is an operator, which the compiler
-does not look into: c can move in it, and Inductor does not merge both loops into one (on a CPU, in torch 2.13, that
-fails where the optimizer has momentum: KeyError in codegen_outer_loop_node).
+more for the product, so that no weights are written twice. An operator between them computes the factors. The compiler
+does not look into it, so c can move in it, and Inductor does not merge both loops into one (on a CPU, in torch 2.13,
+merging fails where the optimizer has momentum: KeyError in codegen_outer_loop_node).
 
-What is measured is what is stored, for the same arithmetic is done twice. Should a device contract a product and a sum
-in one of the two, a norm differs by a unit of ‖update‖: far less than the guard allows for. Weights in halves would be
-rounded in one and not in the other; they are projected by an operator as a whole.
+The norm is that of the stored weights, because the same arithmetic is done twice. If a device contracts a product and a
+sum in one of the two, a norm differs by a unit of ‖update‖, which is far less than the guard allows. Weights in 16-bit
+types would be rounded in one and not in the other, so an operator projects them as a whole.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _project(params: Sequence[Tensor], job: Job) -> None:
 def _describe(constraint: Constraint) -> tuple[str, Tensor]:
     """Return the words of a constraint's config, and its numbers as a tensor.
 
-    A product of a tensor is all that torch.compile takes a moving float for; others it compiles in.
+    torch.compile keeps a moving float only as the product of a tensor; it compiles other floats in.
     """
     config = {k: v for k, v in constraint.config().items() if k != "axis"}
     words = ";".join(f"{k}={v}" if isinstance(v, str) else k for k, v in config.items())
@@ -91,7 +91,7 @@ def _describe(constraint: Constraint) -> tuple[str, Tensor]:
 
 
 def _constraint(words: str, numbers: Tensor, radii: Tensor) -> Constraint:
-    """Return the constraint that `_describe` described, with the radii that it has taken."""
+    """Return the constraint that `_describe` described, with the radii that were taken for it."""
     values = iter(numbers.tolist())
     pairs = [word.partition("=") for word in words.split(";")]
     constraint: Constraint = from_config({k: v if is_word else next(values) for k, is_word, v in pairs})
@@ -102,7 +102,7 @@ def _constraint(words: str, numbers: Tensor, radii: Tensor) -> Constraint:
 def _factors(
     norms: Tensor, counts: list[int], lengths: list[int], words: str, numbers: Tensor, radii: Tensor
 ) -> Tensor:
-    """Return what vectors with these norms are multiplied by, `counts` of them of each length; 1 where they stay."""
+    """Return the factors of vectors with these norms, `counts` of them of each length; 1 where they stay."""
     factors, start = torch.empty_like(norms), 0
     for count, n in zip(counts, lengths, strict=True):
         part = slice(start, start := start + count)

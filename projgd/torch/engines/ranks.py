@@ -1,6 +1,6 @@
-"""Parameters whose weights live on several ranks (DTensor).
+"""Project parameters whose weights are on several ranks (DTensor).
 
-Where every vector lies on one rank as a whole, each rank projects what it has. Otherwise the ranks share one number per
+If every vector is on one rank as a whole, each rank projects its own. Otherwise the ranks exchange one number per
 vector, its sum of squares, in one all-reduce for all parameters of a job, and each scales its part.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(p: Tensor) -> TypeGuard[DTensor]:
-    """Whether `p` is a DTensor; the half second that importing its module takes is not spent on others."""
+    """Return whether `p` is a DTensor, without importing its module, which takes half a second."""
     if not is_traceable_wrapper_subclass(p):
         return False
     from torch.distributed.tensor import DTensor
@@ -41,7 +41,7 @@ class Ranks(Engine):
     """Project sharded parameters.
 
     Args:
-        within: the engines that may project what one rank holds as a whole, best first.
+        within: the engines that may project whole vectors on one rank, best first.
     """
 
     name = "ranks"
@@ -59,7 +59,7 @@ class Ranks(Engine):
         for p in params:
             assert is_dtensor(p)
             if p in job.radii or spread_over(p, job.constraint.axis):
-                # Once more: the parameter may have been sharded after the optimizer was made.
+                # The parameter may have been sharded after the constructor's check.
                 refuse_spread(p, job.constraint, job.metric is not None, "a parameter")
                 part = part_of(p, job.constraint.axis)
                 spread.setdefault((p.device_mesh, part.over, p.dtype == torch.float64), []).append(part)
@@ -73,7 +73,7 @@ class Ranks(Engine):
 
 
 def check_sharding(p: DTensor, constraint: Constraint, metric: str, name: str) -> None:
-    """Raise ValueError for a DTensor that this constraint cannot be kept on."""
+    """Raise ValueError for a DTensor to which this constraint cannot be applied."""
     if any(placement.is_partial() for placement in p.placements):
         raise ValueError(f"{name} is a DTensor with the placements {p.placements}: a sum that is not taken yet")
     if spread_over(p, constraint.axis):
@@ -81,7 +81,7 @@ def check_sharding(p: DTensor, constraint: Constraint, metric: str, name: str) -
 
 
 def refuse_spread(p: DTensor, constraint: Constraint, in_metric: bool, name: str) -> None:
-    """Raise ValueError for what cannot be done where vectors are spread over ranks."""
+    """Raise ValueError for a constraint or a metric that needs whole vectors, if vectors are spread over ranks."""
     where = f"{name} is sharded with {p.placements} across its vectors"
     if in_metric:
         raise ValueError(
@@ -114,14 +114,14 @@ def spread_over(p: DTensor, axis: Axis) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of a parameter.
+    """Describe the part of a parameter that this rank holds.
 
     Attributes:
         p: the parameter.
         local: this rank's part of it.
         vectors: the vectors of the whole parameter.
         over: the dimensions of the mesh to sum over.
-        dims: the dimensions of `local` that lie in one vector as a whole; they are summed first.
+        dims: the dimensions of `local` along which every entry belongs to one vector; they are summed first.
         row: which vector each entry belongs to, of a shape that broadcasts against `local`.
     """
 
@@ -134,7 +134,7 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """Vectors of the whole parameter."""
+        """Return the number of vectors of the whole parameter."""
         return math.prod([n for a, n in enumerate(self.vectors.shape) if a not in self.vectors.axes])
 
     def collect(self, x: Tensor, how: Literal["sum", "amax"] = "sum") -> Tensor:
@@ -148,7 +148,7 @@ class Part:
 
 
 def share(found: Sequence[Tensor], part: Part, how: Literal["SUM", "MAX"] = "SUM") -> list[Tensor]:
-    """Return the same over all ranks: one all-reduce."""
+    """Return the sums or maxima of arrays over all ranks, by one all-reduce."""
     from torch import distributed
 
     joined = torch.cat(list(found))
@@ -159,10 +159,10 @@ def share(found: Sequence[Tensor], part: Part, how: Literal["SUM", "MAX"] = "SUM
 
 
 def part_of(p: DTensor, axis: Axis, over_all: bool = False) -> Part:
-    """Return what this rank holds of `p`; sums are taken over the mesh dimensions that its vectors are spread over.
+    """Return the part of `p` that this rank holds.
 
-    With `over_all` they are taken over every dimension of the mesh that `p` is sharded over, so that all parameters of
-    a mesh can share one all-reduce.
+    Sums are taken over the mesh dimensions that its vectors are spread over. With `over_all` they are taken over every
+    dimension of the mesh that `p` is sharded over, so that all parameters of a mesh can share one all-reduce.
     """
     vectors = resolve(axis, tuple(p.shape), "out_first")
     assert vectors is not None  # a parameter without vectors is not spread
@@ -176,7 +176,7 @@ def part_of(p: DTensor, axis: Axis, over_all: bool = False) -> Part:
             whole.append(dim)
             continue
         index = _held(p, dim).to(local.device)
-        for a in reversed(views):  # of an axis in blocks, the last one counts fastest
+        for a in reversed(views):  # the last view of an axis in blocks varies fastest
             if a not in axes:
                 row = row + index % shape[a] * stride[a]
             index = index // shape[a]
@@ -185,7 +185,7 @@ def part_of(p: DTensor, axis: Axis, over_all: bool = False) -> Part:
 
 
 def norms_over_ranks(p: DTensor, axis: Axis) -> Tensor:
-    """Return the norms of the vectors of a DTensor, in a row: one all-reduce."""
+    """Return the norms of the vectors of a DTensor, in one dimension, by one all-reduce."""
     part = part_of(p, axis, over_all=True)
     local = part.local.double()
     (squares,) = share([part.collect(local * local)], part)
@@ -193,8 +193,11 @@ def norms_over_ranks(p: DTensor, axis: Axis) -> Tensor:
 
 
 def _project(parts: list[Part], job: Job) -> None:
-    """Sums in float64: the squares of other types neither over- nor underflow there, so that one number per vector is
-    enough. Those of float64 itself may, and are divided by the largest entry of their vector first, found likewise.
+    """Project parts of parameters, with sums in float64.
+
+    The squares of other types neither over- nor underflow in float64, so that one number per vector is enough. The
+    squares of float64 itself may. They are first divided by the largest entry of their vector, which takes a second
+    all-reduce.
     """
     divided = parts[0].local.dtype == torch.float64
     if divided:
@@ -203,14 +206,14 @@ def _project(parts: list[Part], job: Job) -> None:
         largest = [torch.ones(q.rows, dtype=torch.float64, device=q.local.device) for q in parts]
     scales = [torch.where(torch.isfinite(r) & (r > 0), r, 1.0)[q.row] for q, r in zip(parts, largest, strict=True)]
 
-    def scaled(part: Part, scale: Tensor) -> Tensor:  # twice, rather than keep that of all parameters
+    def scaled(part: Part, scale: Tensor) -> Tensor:  # computed twice, because keeping all of them takes memory
         return part.local / scale if divided else part.local.double()
 
     sums = share([q.collect(scaled(q, s).square_()) for q, s in zip(parts, scales, strict=True)], parts[0])
     ranks = math.prod(parts[0].p.device_mesh.size(i) for i in parts[0].over)
     for part, scale, r, total in zip(parts, scales, largest, sums, strict=True):
-        z_norm = total.sqrt() * (1 + ranks * 2.0**-54)  # what adding up over the ranks may have lost
-        # An entry that is not finite shows in the sum where it has not in the largest entry.
+        z_norm = total.sqrt() * (1 + ranks * 2.0**-54)  # adding over the ranks may have rounded down by this much
+        # A NaN may be missing in the largest entry, but it is in the sum.
         r = torch.where(torch.isfinite(total), r, total)
         band = _band(part, job)
         moves, goal, _ = band.targets(z_norm, r, torch)
@@ -229,12 +232,12 @@ def _band(part: Part, job: Job) -> Band:
     if part.p in job.radii:
         constraint = constraint.bind(job.radii[part.p].reshape(-1).double())
     band = constraint.band(float_kind(part.local.dtype), part.vectors, moved=True)
-    assert band is not None  # `refuse_spread` has seen to it
+    assert band is not None  # `refuse_spread` has raised an error otherwise
     return band
 
 
 def _for_shard(job: Job, p: DTensor) -> Job:
-    """The job for what this rank holds of `p`, with the metric of that."""
+    """Return the job for the part of `p` that this rank holds, with the metric of this part."""
     metric = job.metric
     assert metric is not None
 
@@ -249,7 +252,7 @@ def _for_shard(job: Job, p: DTensor) -> Job:
 
 
 def _views(p: Tensor, axis: Axis) -> list[tuple[int, ...]]:
-    """For each dimension of `p` its axes in the view that `axis` asks for: two where it is cut into blocks."""
+    """Return the axes of each dimension of `p` in the view that `axis` needs: two for one that is cut into blocks."""
     if not isinstance(axis, Split):
         return [(d,) for d in range(p.ndim)]
     cut = axis.dim % p.ndim
@@ -257,7 +260,7 @@ def _views(p: Tensor, axis: Axis) -> list[tuple[int, ...]]:
 
 
 def _held(p: DTensor, dim: int) -> Tensor:
-    """The places along `dim` of the whole tensor that this rank holds, along `dim` of a tensor of the same rank."""
+    """Return the indices along `dim` of the whole tensor that this rank holds, shaped to broadcast along `dim`."""
     shape = [1] * p.ndim
     shape[dim] = p.shape[dim]
     index = torch.arange(p.shape[dim], device="cpu").reshape(shape)

@@ -1,8 +1,8 @@
-"""Tables with sparse gradients, such as an embedding's: only rows that the step moved can have left the set.
+"""Project tables with sparse gradients, such as an embedding's: only rows that the step moved can have left the set.
 
-So the cost follows the rows that a batch touches, not the height of the table. That holds while the other rows are
-known to lie in the set: after a first projection of the whole table, and until its constraint changes or somebody else
-writes to it, which shows in the tensor's version.
+So the cost depends on the rows that a batch touches, not on the height of the table. The other rows are known to be in
+the set after a first projection of the whole table, until its constraint changes or other code writes to the table,
+which shows in the tensor's version.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ class Rows(Engine):
             else:
                 x = p.index_select(0, moved)
                 project_with(self._within, _for_rows(job, p, moved), [x])
-                p.index_copy_(0, moved, x)  # a row that is there twice is the same twice
+                p.index_copy_(0, moved, x)  # a row that occurs twice has the same value twice
             _inside[p] = (p._version, job.constraint)
 
 
 _inside: MutableMapping[Tensor, tuple[int, Constraint | None]] = WeakIdKeyDictionary()
-"""The tables that lie in a set, and their versions then."""
+"""The tables that are in a set, and their versions when they were projected."""
 
 
 def forget_written_tables() -> None:
-    """Forget, before a step, the tables that somebody has written to since they were projected."""
+    """Forget, before a step, the tables that were written to since they were projected."""
     for p, (version, _) in list(_inside.items()):
         if p._version != version:
             del _inside[p]
 
 
 def _moved_rows(p: Tensor, job: Job) -> Tensor | None:
-    """Return the rows that the step may have moved, some perhaps twice; None for all."""
+    """Return the rows that the step may have moved, some perhaps twice; None for all rows."""
     assert p.grad is not None
     moved = p.grad._indices()[0]
     momentum = job.optimizer.state.get(p, {}).get("momentum_buffer")
@@ -81,6 +81,7 @@ def _moved_rows(p: Tensor, job: Job) -> Tensor | None:
 
 
 def _for_rows(job: Job, p: Tensor, moved: Tensor) -> Job:
+    """Return the job for some rows of a table, with the metric of these rows."""
     metric = job.metric
     if metric is None:
         return job

@@ -1,16 +1,16 @@
-"""SGD, Adam and AdamW with the projection on a GPU: one Triton kernel for all tensors of a dtype.
+"""Run SGD, Adam and AdamW with the projection on a GPU, in one Triton kernel for all tensors of a dtype.
 
-The kernel takes tensors whose memory is rows, one vector each. A program holds some rows of one tensor and walks along
-them block by block: it updates a block, stores it, and adds the squares of what it stored in float64, where those of
-float32, bfloat16 and float16 are exact and do not overflow. If the norm of a row is outside of its band, the program
+The kernel takes tensors whose memory is rows, one vector each. A program takes some rows of one tensor and walks along
+them block by block: it updates a block, stores it, and adds the squares of the stored values in float64, where squares
+of float32, bfloat16 and float16 are exact and do not overflow. If the norm of a row is outside of its band, the program
 walks along its rows once more, while they are in cache, and scales that row.
 
-The host never waits. What the kernel has to know of each tensor lies in tables on the device, which are written again
-only where an address or the band has changed. Their numbers go there as arguments of kernels, so that a CUDA graph that
-is being captured keeps them.
+The host never waits. The numbers that the kernel needs for each tensor are in tables on the device, which are written
+again only if an address or the band has changed. The tables get their numbers as arguments of kernels, so that a CUDA
+graph that is being captured keeps them.
 
-The engine runs only where `engine="triton"` asks for it. It has been tested in Triton's interpreter and compiled for an
-H100, but it has never run on a GPU. `python -m benchmarks.gpu` measures whether it is worth having.
+The engine runs only with `engine="triton"`. It has been tested in Triton's interpreter and compiled for an H100, but it
+has never run on a GPU. `python -m benchmarks.gpu` measures whether it is faster.
 """
 
 # Triton's functions at the end have no types.
@@ -35,18 +35,18 @@ from projgd.bands import Band
 from projgd.torch.engines.base import Engine, Job, add_missing_states, reasons_not_to_step, rows_in_memory, state_names
 
 if TYPE_CHECKING:
-    import triton.language as tl  # `_kernel` puts it here when a kernel is needed: importing it takes 0.3 s
+    import triton.language as tl  # `_kernel` imports it when it is needed, because that takes 0.3 s
 
-LONGEST = 2**16  # entries of a row, along which one program walks alone
-PIECE = 2**13  # entries of a tensor without vectors that one program takes
+LONGEST = 2**16  # one program walks along a row alone, so longer rows would be slow
+PIECE = 2**13  # one program takes this many entries of a tensor without vectors
 SHAPES = ((128, 8, 1), (16, 64, 1), (1, 1024, 1), (16, 64, 16), (1, 1024, 16))
-"""What a program takes at a time: rows; entries of each; a number that divides every row and the tensor.
+"""The rows that a program takes at a time, the entries of each, and a divisor of every row and of the tensor.
 
-With 16, and addresses that 16 divides, the program reads and writes 16 bytes at a time.
+If the divisor is 16, and 16 divides the addresses, the program reads and writes 16 bytes at a time.
 """
 
 _STAYS = Band(0.0, math.inf, 0.0, math.inf)
-_CAPTURED: list[Any] = []  # tables that captured graphs read: nothing tells when a graph is gone
+_CAPTURED: list[Any] = []  # captured graphs read these tables, and may live for ever
 
 
 class Triton(Engine):
@@ -83,7 +83,7 @@ class Triton(Engine):
 
 
 def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
-    """Yield what may keep the engine from taking a parameter, each with a sentence for the user."""
+    """Yield pairs: whether the engine refuses a parameter for some reason, and the reason for the user."""
     is_gpu = p.device.type == "cuda" and torch.cuda.get_device_capability(p.device) >= (7, 0)
     is_interpreted = p.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     unmeasured = 'it has not been measured on a GPU yet: engine="triton" asks for it'
@@ -112,14 +112,14 @@ def _is_installed() -> bool:
 
 @dataclass
 class _Batch:
-    """Parameters of one dtype on one device that one launch takes.
+    """Hold parameters of one dtype on one device that one launch takes.
 
     Attributes:
         starts: whether SGD's momentum starts with this step.
-        places: which of the parameters of the engine.
-        tensors: ten numbers of each parameter: its address; those of up to four states; how many entries it has, and
-            each row; the one of `SHAPES` that it is taken in; the first program that takes it; how many take it.
-        tables: what lies on the device, by name: what it was made of, and the table.
+        places: the positions of the parameters in the engine's list.
+        tensors: ten numbers of each parameter: its address; those of up to four states; its number of entries, and that
+            of each row; the index of its `SHAPES`; the first program that takes it; the number of these programs.
+        tables: the tables on the device by name, each with what it was made from.
     """
 
     starts: bool
@@ -128,7 +128,7 @@ class _Batch:
     tables: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def add(self, place: int, p: Tensor, job: Job) -> None:
-        """Add a parameter, and make those of its states that are missing."""
+        """Add a parameter, and make its missing states."""
         names, vectors = state_names(job), job.vectors(p)
         if names:
             add_missing_states(job, p)
@@ -142,7 +142,7 @@ class _Batch:
     def step(self, params: Sequence[Tensor], job: Job) -> None:
         """Update and project in one launch, after another one that raises Adam's step counts."""
         device, lr = params[0].device, job.group["lr"]
-        moving_lr = lr if isinstance(lr, Tensor) and lr.device == device else None  # to read it the host would wait
+        moving_lr = lr if isinstance(lr, Tensor) and lr.device == device else None  # reading it would wait
         grads = [p.grad.data_ptr() for p in params if p.grad is not None]
         radii = [(job.radii[p].data_ptr(), job.radii[p]._version) for p in params if p in job.radii]
         places, bands = self._table("bands", (job.constraint, radii), lambda: _bands(job, params))
@@ -164,9 +164,9 @@ class _Batch:
         self.starts = False
 
     def _table(self, name: str, source: Any, make: Callable[[], Any]) -> Any:
-        """Return a table, made anew if what it was made of has changed.
+        """Return a table, and make it again if its source has changed.
 
-        What a graph makes while it is captured is there only when it is replayed, so it is not kept for other steps.
+        A table that a graph makes while it is captured exists only when the graph runs, so other steps do not use it.
         """
         known = self.tables.get(name)
         if known is None or known[0] != source:
@@ -179,21 +179,22 @@ class _Batch:
 
 
 def _write(numbers: list[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Return numbers on a device. Nothing is copied from the host: they come as arguments of kernels."""
+    """Return numbers on a device; they go there as arguments of kernels, without a copy from the host."""
     table = torch.zeros(len(numbers), dtype=dtype, device=device)
     torch._foreach_add_(table.unbind(), numbers)
     return table
 
 
 def _repeat(counts: list[int], device: torch.device) -> Tensor:
-    """Return 0, 1, 2, … on a device, each as often as `counts` says: the tensor that each program takes."""
+    """Return 0, 1, 2, … on a device, each as often as `counts` says: the tensor of each program."""
     return torch.repeat_interleave(_write(counts, device), output_size=sum(counts))
 
 
 def _bands(job: Job, params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], Tensor]:
-    """Return where the bands of each parameter are, the first and the step from row to row, and all bands.
+    """Return the position of the bands of each parameter, and all bands.
 
-    A band is five numbers. Rows share one, and the step is 0, unless a set has taken a radius from each.
+    A position is the first band and the step from row to row. A band is five numbers. All rows share one band, with a
+    step of 0, unless a set has taken a radius from each row.
     """
     bands = [job.band(p) or _STAYS for p in params]
     shared = list(dict.fromkeys([_STAYS, *(b for b in bands if not isinstance(b.low, Tensor))]))
@@ -237,7 +238,7 @@ def _kernel() -> Any:
 def _step(
     programs, tensors, grads, bands, lr, numbers, dtype: tl.constexpr, is_sgd: tl.constexpr, shapes: tl.constexpr
 ):
-    """Triton kernel: update and project all tensors of a dtype; each program takes some rows of one of them.
+    """Update and project all tensors of a dtype in one kernel; each program takes some rows of one of them.
 
     Args:
         programs: int64, the tensor that each program takes.
@@ -297,7 +298,7 @@ def _pointer(address, start, dtype, unit):
 
 
 def _factors(norms, band, is_row):
-    """Return which rows move, and what `Band.factors` says of them."""
+    """Return which rows move, and their factors as in `Band.factors`."""
     low, high = tl.load(band, is_row, other=0), tl.load(band + 1, is_row, other=0)
     up, down = tl.load(band + 2, is_row, other=0), tl.load(band + 3, is_row, other=0)
     pull, stays = tl.load(band + 4, is_row, other=1), (norms >= low) & (norms <= high)
