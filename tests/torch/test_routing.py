@@ -145,6 +145,8 @@ def test_an_engine_that_cannot_is_refused_when_the_optimizer_is_made():
     ids=["diagonal", "cpu", "eager"],
 )
 def test_an_engine_by_name_is_asked_about_the_metric_when_the_optimizer_is_made(settings, is_taken):
+    if settings["engine"] == "cpu":
+        pytest.importorskip("numba")
     if is_taken:
         optimizer = ProjectedAdam(model()[:1], metric="adaptive", **settings)
         assert optimizer.routes()["0.weight"].engine == settings["engine"]

@@ -32,6 +32,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from projgd import MaxNorm, MinMaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
 from projgd.constraints import Constraint
 from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
+from projgd.torch.engines.base import Job
+from projgd.torch.engines.ranks import Ranks
+from projgd.torch.routing import WITHIN
 
 C = 0.4
 STEPS = 3
@@ -201,6 +204,17 @@ def check_placements(ranks, **_):
             before = p.to_local().detach().clone()
             optimizer.step()
             assert torch.equal(before.nan_to_num(7), p.to_local().nan_to_num(7)), f"again: {where}"
+
+
+@torch.no_grad()
+def check_a_step_that_gradscaler_skips(ranks, **_):
+    """On accelerators the engine sees to that itself, for vectors that are spread over ranks."""
+    mesh, engine = init_device_mesh("cpu", (ranks,)), Ranks(WITHIN)
+    for skip in (1.0, 0.0):
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)]))
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        engine.run(None, Job(optimizer, torch.optim.SGD, {}, MaxNorm(C), skip=torch.tensor(skip)), [p])
+        assert bool((whole(p) == 1).all()) is bool(skip), skip
 
 
 @dataclass(frozen=True)

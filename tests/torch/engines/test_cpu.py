@@ -19,8 +19,10 @@ from projgd.torch.engines.base import Job
 from projgd.torch.engines.cpu import Cpu
 from tests.torch.common import give_gradients, longest, random, same, weight
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
-FUSED = pytest.mark.parametrize("fused", [True, None], ids=["fused", "default"])
+NEEDS_NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+FUSED = pytest.mark.parametrize(
+    "fused", [pytest.param(True, marks=NEEDS_NUMBA, id="fused"), pytest.param(None, id="default")]
+)
 
 
 def check_beside_stock(fused, cls, c, shapes, prepare, steps=5, **options):
@@ -166,6 +168,7 @@ def test_what_is_changed_between_steps_is_noticed(fused, options, change):
     check_beside_stock(fused, cls, 3.0, [(10, 10), (10, 10), (300, 300)], prepare, **options)
 
 
+@NEEDS_NUMBA
 def test_a_parameter_whose_gradient_comes_later_is_stepped_by_the_engine_from_then_on():
     a, b = random((8, 8), (8, 8))
     optimizer = ProjectedSGD([("a", a), ("b", b)], lr=0.1, c=1.0, fused=True)
@@ -239,6 +242,7 @@ def test_empty_and_scalar_and_tied_parameters_step_as_the_stock_optimizer_does(f
 # ------------------------------------------------------------------------------------------------------- GradScaler
 
 
+@NEEDS_NUMBA
 @pytest.mark.parametrize(("cls", "options"), [(ProjectedSGD, {"momentum": 0.9, "dampening": 0.5}), (ProjectedAdam, {})])
 def test_a_step_that_gradscaler_skips_changes_nothing_and_momentum_starts_later(cls, options):
     """Whichever engine projects: rows, columns, float64, and a set that is no set of norms."""
@@ -311,6 +315,7 @@ def refusals():
     yield with_state(**moments | {"exp_avg": torch.zeros(3, 4).t()}, step=torch.tensor(1.0)), "a state"
 
 
+@NEEDS_NUMBA
 def test_refusals_say_why():
     job, p = job_for(weight())
     assert Cpu().refuses(job, p) is None
@@ -323,6 +328,7 @@ def test_refusals_say_why():
 # ------------------------------------------------------------------------------------------------ threads and processes
 
 
+@NEEDS_NUMBA
 def test_one_and_two_threads_make_the_same_bits():
     shapes, found = [(2, 300_000), (999, 64), (16, 8, 3, 3), (128,)], []
     before = torch.get_num_threads()
@@ -368,6 +374,7 @@ def run(**options):
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@NEEDS_NUMBA
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_process_goes_on_with_another_engine():
     """The kernel's threads are not there after a fork: a step that used them would hang or be killed."""
@@ -378,6 +385,7 @@ def test_a_forked_process_goes_on_with_another_engine():
     assert [line[4:] for line in both if line[0] == "cpu"] == [["0"]]
 
 
+@NEEDS_NUMBA
 def test_without_numba_another_engine_gives_the_same():
     p = torch.nn.Parameter(torch.linspace(-1, 1, 256).reshape(8, 32))
     p.grad = torch.full_like(p, -3.0)
