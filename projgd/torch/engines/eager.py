@@ -138,8 +138,9 @@ class _Batch:
             return
         is_ball = isinstance(band.low, float) and band.low == 0.0
         is_usual = most < FAR and (is_ball or least > NEAR)
-        if is_usual and band.pull == 1:  # this is `Band.factors` in fewer calls
-            torch.div(band.goal(self.found, torch), self.found.clamp_(min=NEAR * NEAR), out=self.factors)
+        if is_usual and band.pull == 1:  # `Band.factors` in fewer calls: what stays is divided by itself
+            found = self.found.clamp_(min=NEAR * NEAR)  # the squares of such a short vector may have become 0
+            torch.div(band.goal(found, torch), found, out=self.factors)
         else:
             self.factors.copy_(band.factors(self.found, torch))
         if is_usual and self.arrays[0].x.dtype == torch.float32:
@@ -149,7 +150,7 @@ class _Batch:
         for a in self.arrays:
             if a.sources:
                 torch._foreach_copy_(a.sources, a.parts)
-        if not is_usual:  # last: the factors above then decide the other vectors, as they will in the next step
+        if not is_usual:  # the factors above are 1 where squares over- or underflowed
             for p in {id(p): p for a in self.arrays for p in a.params}.values():
                 reference.project_(p, job)
 

@@ -14,7 +14,7 @@ from projgd.axes import Vectors
 from projgd.sums import FLOATS
 from projgd.torch import ProjectedAdam, projected
 from projgd.torch.engines.base import Job, project_with
-from projgd.torch.metrics import Diagonal, OfStep
+from projgd.torch.metrics import DiagonalRule, OfStep
 from projgd.torch.routing import WITHIN
 from tests.optimality import residual
 
@@ -46,7 +46,7 @@ def test_rows_on_a_cpu_agree_with_the_reference(shape, case):
         return state["v"].float().sqrt() + 1e-8
 
     with torch.no_grad():
-        metric = OfStep(Diagonal(of, ("v",)), {p: {"v": v}}, {}, {})
+        metric = OfStep(DiagonalRule(of, ("v",)), {p: {"v": v}}, {}, {})
         inner = torch.optim.Adam
         project_with(WITHIN, Job(inner([p]), inner, {}, MaxNorm(1.0), metric), [p])
     expected = MaxNorm(1.0).onto_in(d, y, tuple(range(1, y.ndim)), xp)

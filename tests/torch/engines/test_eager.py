@@ -42,3 +42,19 @@ def test_the_first_vector_that_leaves_is_seen_whatever_was_before(rows):
     assert math.isnan(norms(p)[row])
     assert 2 * (1 - 1e-5) <= norms(p)[row + 1] <= 2
     assert bool((p[:row] == 0.1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [4, 4000], ids=["in a stack", "in pieces"])
+def test_a_short_vector_beside_a_long_one_stays(rows, dtype):
+    """Its squares become 0 in float32."""
+    start = torch.full((rows, 100), 1e-25 if dtype != torch.float16 else 6e-8).to(dtype)
+    start[0], start[1] = 300.0, 0.0
+    p, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    p.grad, other.grad = torch.zeros_like(p), torch.zeros_like(p)
+    optimizer = ProjectedSGD([p, other], lr=1.0, c=2.0)
+    optimizer.step()
+    assert optimizer.routes()["parameter 0 of group 0"].engine == "eager"
+    for x in (p, other):
+        assert torch.equal(x[1:], start[1:])
+        assert norms(x)[0] <= 2
