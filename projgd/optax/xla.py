@@ -62,25 +62,25 @@ def project_leaf(x: jax.Array, leaf: LeafConstraint, *, moved: bool = True) -> t
             )
         return leaf.constraint.onto(leaf.view(x), leaf.vectors.axes, jnp, moved=moved).reshape(x.shape), None
     scale = partial(_scale, band=band, total=partial(_total, leaf=leaf))
-    everywhere = partial(scale, seldom=lambda flag, f, *arrays: f(*arrays))
+    everywhere = partial(scale, run_if=lambda flag, f, *arrays: f(*arrays))
     if not isinstance(x, jax.core.Tracer):
         return everywhere(x)
-    branching = partial(scale, seldom=lambda flag, f, *arrays: jax.lax.cond(flag, f, lambda *same: same, *arrays))
+    branching = partial(scale, run_if=lambda flag, f, *arrays: jax.lax.cond(flag, f, lambda *same: same, *arrays))
     scaled: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(x, cpu=branching, default=everywhere)
     return scaled
 
 
 def _scale(
-    x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], seldom: Callable[..., Any]
+    x: jax.Array, band: Band, total: Callable[[jax.Array], jax.Array], run_if: Callable[..., Any]
 ) -> tuple[jax.Array, jax.Array]:
-    """Project by one sum of squares; seldom(flag, f, *arrays) is f(*arrays), and may be the arrays if flag is false.
+    """Project by one sum of squares; run_if(flag, f, *arrays) is f(*arrays), and may be the arrays if flag is false.
 
     The branch comes before the other vectors are scaled, and what follows uses nothing of before, because XLA makes an
     array that goes through a branch only once (`test_memory_of_a_step`).
     """
     w = x.astype(float_type(x).compute)
     square = total(w * w)
-    x, square = seldom(jnp.any(_shift(square, band) != 1), partial(_scale_odd, band=band, total=total), x, square)
+    x, square = run_if(jnp.any(_shift(square, band) != 1), partial(_scale_odd, band=band, total=total), x, square)
     factor = band.factors(root(square, jnp), jnp)
     # Chosen, because XLA takes a subnormal number times 1 for 0 (`test_subnormal_entries_stay`).
     return jnp.where(factor == 1, x, (x.astype(w.dtype) * factor).astype(x.dtype)), factor

@@ -1,7 +1,8 @@
 """Add a projection to any `torch.optim.Optimizer`.
 
-A step first adopts changed settings (only if a group has changed), then finds the routes (only if settings, tensors or
-memory have changed), and then calls `engine.run`.
+A step adopts changed settings (only if a group has changed), runs the inner optimizer (`_run_inner`), finds the routes
+(anew only if settings, tensors or memory have changed), and projects: it calls `engine.run` for every route. With
+`fused=True` the routes come first, engines that step update and project, and the inner optimizer steps what they leave.
 """
 
 from __future__ import annotations
@@ -108,13 +109,13 @@ class Projected(Optimizer):
         own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
-        self._has_projected: bool | None = False  # None while a subclass's step runs that may not project
+        self._has_projected: bool | None = False  # as before the first step; None while a subclass's step runs
         self._engine = engine
         if engine is not None and engine not in routing.NAMES:
             raise ValueError(f"engine={engine!r} is not known: pass one of {', '.join(routing.NAMES)}, or None")
         self._refuse_misspelt(kwargs)
         params = as_list(params)
-        super().__init__(params, *args, **kwargs)
+        super().__init__(params, *args, **kwargs)  # calls `add_param_group`, which checks every group and fills `_seen`
         self.defaults = {**self.defaults, **own}
         settings.refuse_lone_axis(own, self.param_groups)
         self._refuse_other_tensors(params)
@@ -311,12 +312,13 @@ class Projected(Optimizer):
     def _adopt_changed_settings(self) -> None:
         seen = {id(s.group): s for s in self._seen}
         self._seen = tuple(
-            self._take_snapshot(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups)
+            self._adopt_group(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups)
         )
         self._radii.keep_only(set(map(id, _all_params(self.param_groups))))
         self._copies.clear()
 
-    def _take_snapshot(self, group: dict[str, Any], index: int, seen: Snapshot | None) -> Snapshot:
+    def _adopt_group(self, group: dict[str, Any], index: int, seen: Snapshot | None) -> Snapshot:
+        """Check a group that has changed, write its settings back, and return its new snapshot."""
         if seen is not None and seen.is_unchanged(group):
             return seen
         named, was, only_c = settings.named_params(group, index), None, False

@@ -1,6 +1,7 @@
 """Choose the engine of each parameter from one table, and say why.
 
-One function makes the routes of a step and the report that the user reads, so that the two cannot differ.
+`choose` decides for both the step and the report that the user reads. The step asks it about parameters with a
+gradient. The report asks about all: before the first backward pass it shows the routes for dense gradients.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
 """The engines that take any tensor: a parameter, some of its rows, or the part that one rank holds."""
 
 ENGINES: tuple[Engine, ...] = (Cpu(), Triton(), Graph(), Rows(WITHIN), Ranks(WITHIN), *WITHIN)
-"""All engines, best first. The first that does not refuse a parameter takes it."""
+"""All engines, best first. The first that does not refuse a parameter takes it.
 
-NAMES = tuple(e.name for e in (ENGINES[0], ENGINES[1], *WITHIN))
+For plain float32 weights on a CPU that is `Cpu` with `fused=True`, and `Eager` without.
+"""
+
+NAMES = tuple(e.name for e in ENGINES if not isinstance(e, (Graph, Rows, Ranks)))
 """The values of `engine=`; the step alone decides about the other engines."""
 
 FREE = "free"
+
+OTHERWISE = "it is for another device, metric or kind of step"
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Choice:
     """Describe how a parameter is projected.
 
     Attributes:
-        engine: the name of the engine that takes it; `"free"` for a parameter that is not projected.
+        engine: the name of the engine that takes it; `"free"` if none does, because nothing of it is projected. An
+            engine that steps takes parameters that are not projected, too.
         refusals: why the engines before it in the table do not take it, by name.
 
     >>> print(Choice("eager", {"cpu": "fused=True was not passed"}))
@@ -119,7 +126,9 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
         if reason:
             refusals[engine.name] = reason
     if job.forced is not None and not is_free:
-        raise ValueError(f"engine={job.forced!r} cannot take a parameter of shape {tuple(p.shape)}: {reason}")
+        raise ValueError(
+            f"engine={job.forced!r} cannot take a parameter of shape {tuple(p.shape)}: {reason or OTHERWISE}"
+        )
     return None, refusals
 
 

@@ -4,6 +4,8 @@ The keys are `c`, `axis`, `constraint`, `update`, `gradient`, `metric`, and `wit
 gradient are projected, too. `c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the
 group as a number that may change during training, like `lr`. If `constraint` is given and has a `c`, that one is in the
 group.
+
+`c=4` is not stored as a constraint: `constraint_of` makes the `MaxNorm`, and a `Snapshot` keeps it.
 """
 
 from __future__ import annotations

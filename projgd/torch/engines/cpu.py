@@ -42,7 +42,10 @@ _address, _stride = Tensor.data_ptr, Tensor.stride  # `map` calls methods faster
 
 
 class Cpu(Engine):
-    """Update and project on a CPU in one call."""
+    """Update and project on a CPU in one call.
+
+    It is not for every tensor on a CPU: it needs `fused=True` and numba. Without them `eager` takes the tensor.
+    """
 
     name = "cpu"
     steps = True
@@ -61,7 +64,8 @@ class Cpu(Engine):
                 add_missing_states(job, p)
         read = {name: [state[name] for state in states] for name in names}
         table = [list(map(_address, tensors)) for tensors in (params, params, *(read[k] for k in names if k != "step"))]
-        table += table[-1:] * (5 - len(table))  # the kernel reads a row for the gradients and three for states
+        # Row 1 is written at every step. Missing states repeat the last row, so that row 4 is always Adam's v.
+        table += table[-1:] * (5 - len(table))
         sources, bands, rows = _lay_out(job, params)
         tables = Tables(table, list(map(_address, read.get("step", []))), rows, bands)
         return _Prepared(tables, sources, job.constraint, starting, [read, *job.radii.values()])
@@ -77,7 +81,7 @@ class Cpu(Engine):
         unsettled = prepared.step(job, list(map(_address, grads)), scale)
         torch.autograd.graph.increment_version(params if scale == 1 else [*params, *grads])
         for k in unsettled:
-            _project_in_metric(params[k], job)
+            _project_unsettled(params[k], job)
 
     def memory(self, job: Job, params: Sequence[Tensor]) -> Any:
         """Return the addresses of parameters and states, and the forms of parameters and gradients.
@@ -162,7 +166,7 @@ class _Prepared:
     kept: list[Any]
 
     def step(self, job: Job, grads: list[int], scale: float) -> list[int]:
-        """Run the kernel on gradients at these addresses; return the parameters that need `_project_in_metric`."""
+        """Run the kernel on gradients at these addresses; return the parameters that need `_project_unsettled`."""
         group, tables = job.group, self.tables
         if job.constraint is not self.constraint:
             for row, p, vectors in self.sources:
@@ -171,8 +175,8 @@ class _Prepared:
             self.constraint = job.constraint
         lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
         if job.inner is SGD:
-            tables.factors[:, 0] = 1 - group["dampening"]
-            tables.factors[self.starting, 0] = 1
+            tables.rates[:, 0] = 1 - group["dampening"]
+            tables.rates[self.starting, 0] = 1
             self.starting = []
             sgd = lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale
             return tables.run(grads, sgd, None, None)
@@ -215,7 +219,7 @@ def _numbers(band: Band | None, vectors: Vectors) -> list[tuple[float, ...]]:
 
 
 @torch.no_grad()
-def _project_in_metric(p: Tensor, job: Job) -> None:
+def _project_unsettled(p: Tensor, job: Job) -> None:
     """Project a parameter that the kernel could not, because its metric is out of range."""
     vectors, band = job.vectors(p), job.band(p)
     diagonal = None if job.metric is None else job.metric(p)

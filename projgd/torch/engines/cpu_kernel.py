@@ -140,14 +140,14 @@ def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: flo
 
 
 @_exact
-def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any) -> None:
+def _update_adam(h: Any, table: Any, k: int, start: int, size: int, rates: Any) -> None:
     """Run torch.optim.Adam or AdamW on a run of memory of tensor k, without a sum, which would slow it down."""
     p, g, m = _view(table[PARAM, k], start, size), _view(table[GRAD, k], start, size), _view(table[M, k], start, size)
     v, x = _view(table[V, k], start, size), _view(table[LARGEST, k], start, size)
     weight1, weight2, beta2 = np.float32(1 - h[1]), np.float32(1 - h[2]), np.float32(h[2])
     eps, decay, sign, shrink = np.float32(h[3]), np.float32(h[4]), np.float32(h[5]), np.float32(1 - h[0] * h[4])
     decoupled, amsgrad, scale = h[6] != 0, h[7] != 0, h[8]
-    rate, root = np.float32(-factors[k, 0]), np.float32(factors[k, 1])
+    rate, root = np.float32(-rates[k, 0]), np.float32(rates[k, 1])
     is_near, beyond = weight1 < np.float32(0.5), weight1 - np.float32(1)  # torch.lerp starts from the nearer end
     if scale != 1:
         _unscale(g, scale)
@@ -172,8 +172,8 @@ def _update_adam(h: Any, table: Any, k: int, start: int, size: int, factors: Any
 
 
 @_exact
-def _count(h: Any, counters: Any, factors: Any) -> None:
-    """Add 1 to the step counts, and write the step size and the root of the second bias correction to `factors`."""
+def _count(h: Any, counters: Any, rates: Any) -> None:
+    """Add 1 to the step counts, and write the step size and the root of the second bias correction to `rates`."""
     count = np.float32(0)
     for k in range(len(counters)):
         counter = carray(_pointer(counters[k]), 1)
@@ -182,7 +182,7 @@ def _count(h: Any, counters: Any, factors: Any) -> None:
             count = counter[0]
             size = h[0] / (1 - h[1] ** np.float64(count))
             root = math.sqrt(1 - h[2] ** np.float64(count))
-        factors[k, 0], factors[k, 1] = size, root
+        rates[k, 0], rates[k, 1] = size, root
 
 
 @_exact
@@ -223,7 +223,7 @@ def _scale(x: Any, factor: float) -> None:
 
 @_exact
 def _project(
-    eps: Any, norm: float, band: Any, table: Any, k: int, start: int, size: int, root: float, space: Any
+    metric_eps: Any, norm: float, band: Any, table: Any, k: int, start: int, size: int, root: float, space: Any
 ) -> Any:
     """Project a vector of this norm, or without a metric a part of one.
 
@@ -234,10 +234,10 @@ def _project(
     if factor == 1:
         return True
     x = _view(table[PARAM, k], start, size)
-    if eps is None:
+    if metric_eps is None:
         _scale(x, factor)
         return True
-    return _project_in_metric(x, _view(table[LARGEST, k], start, size), root, eps, norm, band[3], space)
+    return _project_in_metric(x, _view(table[LARGEST, k], start, size), root, metric_eps, norm, band[3], space)
 
 
 @_exact
@@ -331,7 +331,7 @@ def _shrink(y: Any, d: Any, multiplier: float) -> float:
     return math.sqrt(total)
 
 
-def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) -> None:
+def step(sgd: Any, adam: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: Any) -> None:
     """Run one optimizer step and its projection for all tensors.
 
     Args:
@@ -339,10 +339,10 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
             first: GradScaler's scale, or 1. None for Adam: the kernel is compiled for each.
         adam: lr, beta1, beta2, ε, weight decay, sign, whether the decay is decoupled, whether amsgrad, scale. None for
             SGD.
-        eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, v being last in the addresses.
+        metric_eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, with v the last address.
         arrays: addresses: int64 (5, tensors), of parameter, gradient and three states;
             counters: int64 (tensors,), addresses of Adam's step counts, otherwise empty;
-            factors: float64 (tensors, 2), for SGD the first column is what the gradient is multiplied by before it is
+            rates: float64 (tensors, 2), for SGD the first column is what the gradient is multiplied by before it is
             added to the momentum, for Adam it is written here;
             bands: float64 (bands, 5), low, high, up, down, pull;
             sums: float64 (tiles,), written here by tiles that share a vector;
@@ -351,14 +351,14 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
         tiles: int64 (tiles, 8), see `cut_tiles`.
         ranges: int64 (threads + 1,): which tiles are whose.
     """
-    table, counters, factors, bands, sums, unsettled = arrays
+    table, counters, rates, bands, sums, unsettled = arrays
     if adam is not None:
-        _count(adam, counters, factors)
+        _count(adam, counters, rates)
     longest, is_shared = 1, False
     for i in range(len(tiles)):
         longest, is_shared = max(longest, tiles[i, LENGTH] * tiles[i, PARTS]), is_shared or tiles[i, PARTS] > 1
     for t in prange(len(ranges) - 1):
-        space = np.empty((2, longest if eps is not None else 1), np.float32)
+        space = np.empty((2, longest if metric_eps is not None else 1), np.float32)
         for i in range(ranges[t], ranges[t + 1]):
             tile = tiles[i]
             k, length, is_free = tile[TENSOR], tile[LENGTH], tile[BAND] < 0
@@ -369,11 +369,11 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
                 # numba removes a branch that cannot run because a value is None, but only a simple `if`.
                 if sgd is not None:
                     if is_summed:
-                        square = _update_sgd(sgd, table, k, start, length, factors[k, 0], 0.0)
+                        square = _update_sgd(sgd, table, k, start, length, rates[k, 0], 0.0)
                     else:
-                        _update_sgd(sgd, table, k, start, count * length, factors[k, 0], None)
+                        _update_sgd(sgd, table, k, start, count * length, rates[k, 0], None)
                 if adam is not None:
-                    _update_adam(adam, table, k, start, count * length, factors)
+                    _update_adam(adam, table, k, start, count * length, rates)
                 for n in range(0 if is_free else count):
                     at, first = tile[BAND] + (j + n) * tile[STEP], start + n * length
                     if not is_summed:
@@ -382,19 +382,19 @@ def step(sgd: Any, adam: Any, eps: Any, arrays: Any, tiles: Any, ranges: Any) ->
                         sums[i] = square
                     elif not _is_inside(square, bands[at, 0], bands[at, 1]):
                         norm = math.sqrt(square)
-                        if not _project(eps, norm, bands[at], table, k, first, length, factors[k, 1], space):
+                        if not _project(metric_eps, norm, bands[at], table, k, first, length, rates[k, 1], space):
                             unsettled[k] = 1
     if is_shared:
         for t in prange(len(ranges) - 1):
-            space = np.empty((2, longest if eps is not None else 1), np.float32)
+            space = np.empty((2, longest if metric_eps is not None else 1), np.float32)
             for i in range(ranges[t], ranges[t + 1]):
                 tile = tiles[i]
                 first, end, length = tile[FIRST], tile[FIRST] + tile[PARTS], tile[LENGTH]
-                if eps is not None:  # a metric needs whole vectors
+                if metric_eps is not None:  # a metric needs whole vectors
                     length = tiles[first:end, LENGTH].sum() if first == i else 0
                 if tile[PARTS] > 1 and length > 0:
                     k, norm, band = tile[TENSOR], math.sqrt(sums[first:end].sum()), bands[tile[BAND]]
-                    if not _project(eps, norm, band, table, k, tile[START], length, factors[k, 1], space):
+                    if not _project(metric_eps, norm, band, table, k, tile[START], length, rates[k, 1], space):
                         unsettled[k] = 1
 
 
@@ -415,14 +415,14 @@ class Tables:
     """Hold what the kernel reads and writes, for tensors that do not move in memory.
 
     Attributes:
-        factors: see `step`.
+        rates: see `step`.
         bands: see `step`.
     """
 
     def __init__(self, addresses: Table, counters: Sequence[int], tensors: Rows, bands: Table) -> None:
         """Lay out the tables; `tensors` as in `cut_tiles`."""
         self._addresses, self._counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
-        self.factors, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
+        self.rates, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
         self._tiles = cut_tiles(tensors)
         self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
         self._most = 1 + sum(count * length for count, length, *_ in tensors) // SHARE  # more threads would slow it
@@ -434,7 +434,7 @@ class Tables:
         threads = min(torch.get_num_threads(), self._most)
         if threads not in self._ranges:
             self._ranges[threads] = deal_out(self._tiles, threads)
-        arrays = self._addresses, self._counters, self.factors, self.bands, self._sums, self._unsettled
+        arrays = self._addresses, self._counters, self.rates, self.bands, self._sums, self._unsettled
         _launch(threads, (sgd, adam, eps, arrays, self._tiles, self._ranges[threads]))
         unsettled: list[int] = [] if eps is None else np.flatnonzero(self._unsettled).tolist()
         if unsettled:
