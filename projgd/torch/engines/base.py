@@ -25,7 +25,6 @@ from projgd.torch.metrics import Metric
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
 
-_gradient: Any = vars(torch._C.TensorBase)["grad"].__get__
 _address, _stride = Tensor.data_ptr, Tensor.stride
 
 
@@ -71,7 +70,7 @@ class Job:
             One gradient or None for each parameter.
         """
         if id(params) not in self._gradients:
-            self._gradients[id(params)] = list(map(_gradient, params))
+            self._gradients[id(params)] = [p.grad for p in params]
         return self._gradients[id(params)]
 
     def vectors(self, p: Tensor) -> Vectors | None:

@@ -93,8 +93,6 @@ class Cpu(Engine):
         names, state, grads = state_names(job), job.optimizer.state, job.gradients(params)
         try:
             found: list[Any] = [list(map(_stride, params)), list(map(_stride, grads)), list(map(_address, params))]
-            found.append(list(map(Tensor.numel, grads)))
-            found.append(any(map(Tensor.is_neg, grads)))
             if names:  # looking up a parameter in a dict runs Python code, so this avoids it if the orders agree
                 in_order = len(state) == len(params) and all(map(operator.is_, state, params))
                 states: list[Any] = list(state.values()) if in_order else list(map(state.get, params))

@@ -128,10 +128,6 @@ def move_state(optimizer, params, j):
     old.fill_(math.nan)
 
 
-def negate(optimizer, params, j):
-    params[j].grad = torch._neg_view(params[j].grad)
-
-
 def expand(optimizer, params, j):
     params[j].grad = torch.ones(1, 1).expand(params[j].shape)
 
@@ -143,7 +139,6 @@ def expand(optimizer, params, j):
         ({}, turn),
         ({}, move),
         ({}, exchange),
-        ({}, negate),
         ({}, expand),
         ({"momentum": 0.9}, of_state("momentum_buffer", torch.Tensor.neg_)),
         ({"momentum": 0.9}, of_state("momentum_buffer", lambda m: m.T)),
