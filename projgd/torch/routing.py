@@ -205,31 +205,52 @@ def run_stepping(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Opt
 
 
 def _drop_params(optimizer: Optimizer, group: Mapping[str, Any], stepped: set[int]) -> dict[str, Any]:
-    """Return a group without some parameters; torch's fused kernels step the rest only where they are sound."""
+    """Return a group without some parameters. torch's fused kernels step the others only if this is sound."""
     kept = [j for j, p in enumerate(group["params"]) if id(p) not in stepped]
     params = [p for p in (group["params"][j] for j in kept) if p.grad is not None]
-    is_scaled = getattr(optimizer, "found_inf", None) is not None  # only fused kernels support GradScaler's found_inf
-    is_sound = all(_is_sound(optimizer, p) for p in params)
-    # Fused SGD needs momentum buffers for all parameters or for none.
-    starts = {optimizer.state.get(p, {}).get("momentum_buffer") is None for p in params}
+    is_scaled = getattr(optimizer, "found_inf", None) is not None  # only fused kernels know what GradScaler asks for
+    is_fused = bool(group.get("fused"))
     return {
         **group,
-        "fused": bool(group.get("fused")) and (is_scaled or (len(starts) < 2 and is_sound)),
+        "fused": is_fused and (is_scaled or _may_fuse(optimizer, group, params)),
         **{k: [group[k][j] for j in kept] for k in ("params", "param_names") if k in group},
     }
 
 
-def _is_sound(optimizer: Optimizer, p: Tensor) -> bool:
-    """Return whether torch's fused kernel may step p.
+def _may_fuse(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
+    """Return whether torch's fused kernel may step these parameters, in one call.
 
     On a CPU (torch 2.13) the fused SGD in bfloat16 is wrong by a tenth of the update, float16 was seen to give NaN, and
-    the kernel reads gradients and states as if they had the memory layout of p.
+    the kernel reads gradients and states as if they had the memory layout of their parameter. A momentum must exist for
+    all parameters or for none.
     """
-    if p.device.type != "cpu":
-        return True
-    read = [p.grad, *optimizer.state.get(p, {}).values()]
-    as_p = all(is_alike(t, p) for t in read if isinstance(t, Tensor) and t.shape == p.shape)
-    return as_p and type(p) in PLAIN and p.dtype in (torch.float32, torch.float64)
+    states = [optimizer.state.get(p, {}) for p in params] if optimizer.state else []
+    if len({s.get("momentum_buffer") is None for s in states}) > 1:
+        return False
+    on_cpu = [p for p in params if p.is_cpu]
+    is_usual = {type(p) for p in on_cpu} <= set(PLAIN) and {p.dtype for p in on_cpu} <= {torch.float32, torch.float64}
+    return not on_cpu or (is_usual and _lie_alike(optimizer, on_cpu))
+
+
+def _lie_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
+    """Return whether gradients and states have the memory layout of their parameter."""
+    strides = list(map(Tensor.stride, params))
+    try:  # all at once: one after the other would take longer than the step of many small tensors
+        read: list[list[Any]] = [[p.grad for p in params]]
+        if optimizer.state:
+            states = [optimizer.state[p] for p in params]
+            names = [k for k, t in states[0].items() if isinstance(t, Tensor) and t.shape == params[0].shape != ()]
+            read += [[s[k] for s in states] for k in names]
+        if all(list(map(Tensor.stride, tensors)) == strides for tensors in read):
+            return True
+    except (KeyError, TypeError, RuntimeError):  # a state is missing, or a gradient is sparse
+        pass
+    return all(
+        is_alike(t, p)
+        for p in params
+        for t in (p.grad, *optimizer.state.get(p, {}).values())
+        if isinstance(t, Tensor) and t.shape == p.shape
+    )
 
 
 def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[str, Tensor], engine: str) -> None:
