@@ -258,26 +258,40 @@ class _Shaping:
 def _apply(shapings: Sequence[_Shaping]) -> None:
     """Write the result of every shaping into its p; sums of 16-bit types are taken in float32 or more."""
     by_mesh: dict[object, list[tuple[_Shaping, ranks.Part]]] = {}
+    alike: dict[object, list[_Shaping]] = {}
     for shaping in shapings:
-        if ranks.is_dtensor(shaping.p):
-            part = ranks.part_of(shaping.p, shaping.axis, over_all=True)
-            by_mesh.setdefault((shaping.p.device_mesh, part.over), []).append((shaping, part))
+        p = shaping.p
+        if ranks.is_dtensor(p):
+            part = ranks.part_of(p, shaping.axis, over_all=True)
+            by_mesh.setdefault((p.device_mesh, part.over), []).append((shaping, part))
+        elif _can_look(p) and p.numel() <= eager.SMALL:
+            how = shaping.update, shaping.axis, id(shaping.lr), shaping.is_sum, shaping.moves
+            alike.setdefault((p.shape, p.dtype, *how), []).append(shaping)
         else:
-            _apply_here(shaping)
+            _apply_here([shaping])
+    for some in alike.values():
+        _apply_here(some)
     for spread in by_mesh.values():
         _apply_over_ranks(spread)
 
 
-def _apply_here(shaping: _Shaping) -> None:
-    p, vectors = shaping.p, axes.resolve(shaping.axis, tuple(shaping.p.shape), "out_first")
+def _apply_here(shapings: list[_Shaping]) -> None:
+    """Apply shapings of one kind to parameters of one shape, several in a stack, so that they share calls."""
+    shaping, p = shapings[0], shapings[0].p
+    vectors = axes.resolve(shaping.axis, tuple(p.shape), "out_first")
     assert vectors is not None
-    compute = getattr(torch, float_type(p).compute)
-    u, w = (x.to(compute).view(vectors.shape) for x in (p, shaping.w))  # u is a view of p if p has this dtype
+    compute, over = getattr(torch, float_type(p).compute), vectors.axes
+    if len(shapings) == 1:  # u is a view of p if p has this dtype
+        u, w = (x.to(compute).view(vectors.shape) for x in (p, shaping.w))
+    else:
+        stacks = torch.stack([s.p for s in shapings]), torch.stack([s.w for s in shapings])
+        u, w = (x.to(compute).view(-1, *vectors.shape) for x in stacks)
+        over = tuple(a + 1 for a in over)
     if shaping.is_sum:
         u.sub_(w)
-    size = Measures(_norms(w, vectors.axes), _norms(u, vectors.axes), torch.zeros((), device=u.device))
+    size = Measures(_norms(w, over), _norms(u, over), torch.zeros((), device=u.device))
     if not shaping.update.keeps_direction:
-        size = size._replace(cosine=_cosine(u, w, size, vectors.axes))
+        size = size._replace(cosine=_cosine(u, w, size, over))
     weight, factor = shaping.update.numbers(size, shaping.lr, xp)
     factor = factor.clamp(max=torch.finfo(u.dtype).max).to(u.dtype)
     if shaping.update.keeps_direction and shaping.moves:
@@ -287,7 +301,9 @@ def _apply_here(shaping: _Shaping) -> None:
             u_.mul_(factor_).addcmul_(w_, weight_)
             if shaping.moves:
                 u_.add_(w_)
-    if p.dtype != compute:
+    if len(shapings) > 1:
+        torch._foreach_copy_([s.p for s in shapings], u.view(-1, *p.shape).unbind())
+    elif p.dtype != compute:
         p.copy_(u.view(p.shape))
 
 
