@@ -272,9 +272,8 @@ class Constraint(Configured, ABC):
             x: an array of NumPy, PyTorch or JAX, of any shape and of a floating-point dtype.
 
         Returns:
-            The projected array: same library, dtype, shape and device. A vector inside comes back bit for bit, and so
-                does one
-            that holds NaN or infinity.
+            The projected array: same library, dtype, shape and device. A vector inside comes back bit for bit,
+                and so does one that holds NaN or infinity.
 
         Raises:
             TypeError: an integer, boolean or complex array.
@@ -421,9 +420,8 @@ class MaxNorm(NormSet):
            [0.8, 0.4]])
 
     References:
-        N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to prevent
-            neural
-        networks from overfitting*, JMLR 15, 2014, section 5.1.
+        N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to
+            prevent neural networks from overfitting*, JMLR 15, 2014, section 5.1.
     """
 
     c: Scalar

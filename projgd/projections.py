@@ -38,9 +38,8 @@ def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | N
            [0.8, 0.4]])
 
     References:
-        N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to prevent
-            neural
-        networks from overfitting*, JMLR 15, 2014, section 5.1.
+        N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, *Dropout: a simple way to
+            prevent neural networks from overfitting*, JMLR 15, 2014, section 5.1.
     """
     xp = xp or array_namespace(x)
     if 0 in x.shape:

@@ -234,14 +234,13 @@ def _may_fuse(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[T
 
 def _lie_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
     """Return whether gradients and states have the memory layout of their parameter."""
-    strides = list(map(Tensor.stride, params))
+    strides, states = list(map(Tensor.stride, params)), [optimizer.state.get(p, {}) for p in params]
+    model = next((k for k, p in enumerate(params) if p.ndim), 0)  # a 0-d parameter has the shape of a step count
+    names = [k for k, t in states[model].items() if isinstance(t, Tensor) and t.shape == params[model].shape]
     try:  # all at once: one after the other would take longer than the step of many small tensors
-        read: list[list[Any]] = [[p.grad for p in params]]
-        if optimizer.state:
-            states = [optimizer.state[p] for p in params]
-            names = [k for k, t in states[0].items() if isinstance(t, Tensor) and t.shape == params[0].shape != ()]
-            read += [[s[k] for s in states] for k in names]
-        if all(list(map(Tensor.stride, tensors)) == strides for tensors in read):
+        read = [[p.grad for p in params], *([s[k] for s in states] for k in names if params[model].ndim)]
+        is_known = all(s.keys() == states[model].keys() for s in states)
+        if is_known and all(list(map(Tensor.stride, tensors)) == strides for tensors in read):
             return True
     except (KeyError, TypeError, RuntimeError):  # a state is missing, or a gradient is sparse
         pass

@@ -163,3 +163,28 @@ def test_the_state_of_a_fused_step_goes_to_the_stock_optimizer_and_back(engine, 
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
             assert current.state[p].keys() == reference.state[q].keys()
             q.data.copy_(p)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "options", "first"),
+    [(ProjectedSGD, "momentum_buffer", {"momentum": 0.9}, ()), (ProjectedAdam, "exp_avg_sq", {}, (3,))],
+    ids=["a scalar stands first", "a parameter without a state stands first"],
+)
+def test_a_state_in_another_layout_is_read_right(ours, name, options, first):
+    """torch's fused kernels on a CPU read a state in the layout of its weights, so they must not get this one."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(first)), torch.nn.Parameter(torch.randn(6, 6))]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    mine = ours(params, lr=0.1, c=1e4, fused=True, engine="eager", **options)
+    stock = ours.inner(twins, lr=0.1, **options)
+    for step in range(4):
+        for p, twin in zip(params, twins, strict=True):
+            twin.grad = None if p.shape == (3,) and step < 2 else torch.randn(p.shape)
+            p.grad = None if twin.grad is None else twin.grad.clone()
+        if step == 2:
+            state = mine.state[params[1]]
+            state[name] = state[name].t().contiguous().t()
+        mine.step()
+        stock.step()
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-6)
