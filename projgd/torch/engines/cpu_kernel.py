@@ -450,11 +450,14 @@ def _launch(threads: int, operands: tuple[Any, ...]) -> None:
         before = numba.get_num_threads()
         if torch.get_num_threads() != of_torch:  # numba has set the number of the OpenMP that both use
             torch.set_num_threads(of_torch)
-        numba.set_num_threads(min(threads, before))
+        fewer = threads < before
+        if fewer:  # numba takes three locks to set a number
+            numba.set_num_threads(threads)
         try:
             _run(*operands)
         finally:
-            numba.set_num_threads(before)
+            if fewer:
+                numba.set_num_threads(before)
         _ready.add(variant)
 
 
