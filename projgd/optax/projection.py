@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from projgd.axes import Axis, Split
+from projgd.axes import Axis, Split, Stacked
 from projgd.constraints import MaxNorm, positive
 from projgd.optax import tree
 from projgd.optax.tree import Constraints, LeafConstraint, Schedule, SplitOver, Transformation, is_absent
@@ -235,4 +235,4 @@ def project(params: Any, constraint: Constraints) -> Any:
 def _is_axis(axis: Any) -> bool:
     """Whether `axis` is one axis setting, not a tree of them."""
     ints = axis if isinstance(axis, (tuple, list)) else (axis,)
-    return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
+    return axis is None or isinstance(axis, (str, Split, Stacked)) or all(hasattr(a, "__index__") for a in ints)

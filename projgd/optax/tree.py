@@ -7,14 +7,16 @@ A neuron's fan-in is every weight that an output unit, before its activation, de
   token, the kernels of attention have heads, and `Dense_0` is a dense layer.
 * *A bias beside a kernel* has the shape of the outputs: the axes of the kernel that the bias lacks enter the neuron.
   This settles DenseGeneral, Einsum, transposed kernels, and layers stacked by `nn.scan`.
+* *Partition names* such as `("layers", "embed", "mlp")`, which `nn.scan` and `nnx.vmap` write, name stacked layers.
 
-Where a tree tells none of that, every axis but the last enters the neuron.
+Where a tree tells none of that, every axis but the last enters the neuron, with a warning from three axes on.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeGuard
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from projgd import axes, rules
-from projgd.axes import Vectors
+from projgd.axes import Axis, Stacked, Vectors
 from projgd.constraints import Constraint
 from projgd.sums import float_type
 from projgd.updates import Update
@@ -45,10 +47,27 @@ FanIn = tuple[int, ...] | None
 """Axes (counted from the end, all negative) over which one neuron's norm is taken; None for a leaf without one."""
 
 _BIASES = ("bias", "b")
+_STACKS = {"layer", "layers", "block", "blocks", "stack", "repeat", "scan", "vmap", "expert", "experts"}
 _FREE = re.compile(r"bias|b|bias_.*|scale|offset")
 _ONE_VECTOR_PER_TOKEN = re.compile(r".*embeddings?")
 _ATTENTION = {"query", "key", "value", "out"}
-_EQUINOX_MATRICES = ("Linear", "Embedding", "LSTMCell", "GRUCell")
+_MATRICES = ("Linear", "Embedding", "LSTMCell", "GRUCell")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the axes of one parameter are to its layer.
+
+    Attributes:
+        fan_in: the axes that enter one neuron, counted from the end; None for a parameter without a fan-in.
+        ndim: the number of axes of one layer, at the end; the axes before them tell stacked layers apart. None where
+            nothing tells it.
+        guess: the layout in which the parameter is read if nothing in the tree tells it; otherwise None.
+    """
+
+    fan_in: FanIn
+    ndim: int | None = None
+    guess: axes.Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +77,38 @@ class Leaf:
     Attributes:
         name: its keys joined by `/`.
         array: the parameter.
-        fan_in: the axes that enter one neuron, counted from the end; None for a parameter without a fan-in.
+        layout: what its axes are.
     """
 
     name: str
     array: Any
-    fan_in: FanIn
+    layout: Layout
+
+    @property
+    def fan_in(self) -> FanIn:
+        """The axes that enter one neuron, counted from the end; None for a parameter without a fan-in."""
+        return self.layout.fan_in
+
+    def vectors(self, axis: Axis) -> Vectors | None:
+        """Return the vectors that an axis means here; None if the parameter has none.
+
+        Raises:
+            ValueError: an axis that the parameter does not have.
+        """
+        shape = tuple(jnp.shape(self.array))
+        stacked, own = (axis.count, axis.axis) if isinstance(axis, Stacked) else (0, axis)
+        if own not in ("fan_in", "matrix"):
+            return axes.resolve(axis, shape, "out_last", self.name)
+        fan_in, ndim = self.fan_in, len(shape) - stacked
+        if self.layout.guess:
+            fan_in = _but_first(ndim) if self.layout.guess == "out_first" else _but_last(ndim)
+        elif not stacked and self.layout.ndim:
+            ndim = min(ndim, self.layout.ndim)
+        if ndim < 2 or (fan_in is None and self.layout.ndim == 1):
+            return None
+        if own == "matrix":
+            fan_in = tuple(range(-ndim, 0))
+        return axes.resolve(fan_in, shape, "out_last", self.name) if fan_in else None
 
 
 @dataclass(frozen=True)
@@ -117,6 +162,10 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
         ValueError: a rule that matches nothing, only what others before it take, or nothing with a fan-in; a tree of
             another structure, an axis that a leaf does not have, a bare 1-D array under a fan-in constraint.
 
+    Warns:
+        UserWarning: one constraint for all that no parameter has a vector for; an array of three axes or more that may
+            be a stack of layers.
+
     >>> import jax.numpy as jnp
     >>> from projgd import MaxNorm
     >>> params = {"Dense_0": {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}}
@@ -130,7 +179,14 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
     if not _is_rules(constraints, params):
         if isinstance(constraints, Constraint) and leaves and leaves[0] and not leaves[0].name:
             _refuse_flat(constraints, leaves[0])
-        return [_resolve_split(*pair, over) for pair in zip(leaves, _spread(constraints, params), strict=True)]
+        resolved = [_resolve_split(*pair, over) for pair in zip(leaves, _spread(constraints, params), strict=True)]
+        if isinstance(constraints, Constraint) and names and not any(resolved):
+            warnings.warn(
+                f"{constraints} holds nothing: no parameter has a vector for it, such as {names[0]!r}. "
+                "axis=None makes each whole array one vector",
+                stacklevel=3,
+            )
+        return resolved
     chosen = rules.assign(constraints, names)
     resolved = [_resolve_split(leaf, chosen[leaf.name] if leaf else None, over) for leaf in leaves]
     rules.refuse_idle(constraints, {leaf.name: bool(r) for leaf, r in zip(leaves, resolved, strict=True) if leaf})
@@ -143,16 +199,18 @@ def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> L
     Raises:
         TypeError: an integer or complex dtype.
         ValueError: an axis that the parameter does not have.
+
+    Warns:
+        UserWarning: an array of three axes or more that may be a stack of layers.
     """
     if leaf is None or constraint is None:
         return None
-    shape = tuple(jnp.shape(leaf.array))
-    if constraint.axis == "fan_in":
-        vectors = axes.resolve(leaf.fan_in, shape, "out_last", leaf.name) if leaf.fan_in else None
-    else:
-        vectors = constraint.resolve(shape, "out_last", leaf.name)
+    axis = constraint.axis_beside(None) if isinstance(constraint, Update) else constraint.axis
+    vectors = leaf.vectors(axis)
     if vectors is None:
         return None
+    if leaf.layout.guess and axis in ("fan_in", "matrix"):
+        _warn_of_guess(leaf, axis)
     float_type(jnp.asarray(leaf.array), leaf.name)
     return LeafConstraint(leaf.name, constraint, vectors)
 
@@ -267,31 +325,66 @@ def _leaf(params: Any, path: tuple[Any, ...], array: Any) -> Leaf:
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     box = next((i for i, node in enumerate(nodes) if _is_box(node)), None)  # no place of its own, as in kernel/value
     trained = True
+    boxed = nodes[box] if box is not None else None
     if box is not None and names:
         trained = not _is_a(nodes[box], "flax", "Variable") or _is_a(nodes[box], "flax", "Param")
         nodes, names = nodes[:box], names[:box]
-    return Leaf("/".join(names), array, _fan_in(nodes, names, tuple(jnp.shape(array))) if trained else None)
+    if not trained:
+        return Leaf("/".join(names), array, Layout(None, 1))
+    layout = _layout(nodes, names, tuple(jnp.shape(array)))
+    if layout.guess and box is not None:
+        layout = _from_partition_names(boxed) or layout
+    return Leaf("/".join(names), array, layout)
 
 
-def _fan_in(nodes: list[Any], names: list[str], shape: tuple[int, ...]) -> FanIn:
+def _layout(nodes: list[Any], names: list[str], shape: tuple[int, ...]) -> Layout:
     ndim = len(shape)
-    if ndim < 2 or not names:
-        return _but_last(ndim) if ndim > 1 else None
+    if ndim < 2:
+        return Layout(None, 1)
+    if not names:
+        return Layout(_but_last(ndim))
     if _FREE.fullmatch(names[-1]) or names[0] == "batch_stats":
-        return None
+        return Layout(None, 1)
     module = next((i for i in reversed(range(len(nodes))) if _is_a(nodes[i], "equinox", "Module")), None)
     if module is not None and not hasattr(nodes[-1], "keys"):
         return _equinox(nodes[module], names[module], ndim)
-    if _is_a(nodes[-1], "flax", "Module") and (known := _nnx(nodes[-1], ndim)):
+    if _is_a(nodes[-1], "flax", "Module") and (known := _nnx(nodes[-1], names[-1])):
         return known
     if _ONE_VECTOR_PER_TOKEN.fullmatch(names[-1]):
-        return (-1,)
+        return Layout((-1,), 2)
     layer = names[-2] if len(names) > 1 else ""
     if ndim > 2 and layer in _ATTENTION and _children(nodes[-2]).keys() >= _ATTENTION:
-        return (-3, -2) if layer == "out" else (-3,)
+        return Layout((-3, -2) if layer == "out" else (-3,), 3)
     if re.fullmatch(r"(Dense|ConvLocal)_\d+", layer):
-        return (-2,)
-    return _beside_bias(nodes[-1], shape) or _but_last(ndim)
+        return Layout((-2,), 2 if layer.startswith("Dense") else None)
+    if fan_in := _beside_bias(nodes[-1], shape):
+        before = next(a for a in range(ndim) if a - ndim in fan_in)  # axes that the bias has at its start
+        return Layout(fan_in, ndim - before if ndim - before > 1 else None)
+    return Layout(_but_last(ndim), None, "out_last" if ndim > 2 and "conv" not in "".join(names[-2:]).lower() else None)
+
+
+def _from_partition_names(box: Any) -> Layout | None:
+    """Return the layout of a kernel whose first axes are named after stacked layers, as by `nn.PARTITION_NAME`."""
+    said = box.get_metadata() if hasattr(box, "get_metadata") else {}
+    names = getattr(box, "names", None) or said.get("out_sharding") or said.get("sharding_names") or ()
+    count = next((i for i, name in enumerate(names) if name not in _STACKS), len(names))
+    ndim = len(names) - count
+    return Layout(_but_last(ndim), ndim) if count and ndim > 1 else None
+
+
+def _warn_of_guess(leaf: Leaf, axis: Axis) -> None:
+    shape = tuple(jnp.shape(leaf.array))
+    if axis == "matrix":
+        read, stacked, whole = "one matrix", 'Stacked("matrix")', None
+    else:
+        assert leaf.fan_in is not None
+        whole = tuple(a + len(shape) for a in leaf.fan_in)
+        read, stacked = f"one layer with the axes {whole} entering a neuron", "Stacked()"
+    warnings.warn(
+        f"{leaf.name} has shape {shape} and no bias or layer type tells how: it is read as {read}. If its first axis "
+        f"counts layers, heads or experts, pass axis={stacked}; if not, axis={whole} says so",
+        stacklevel=3,
+    )
 
 
 def _but_last(ndim: int) -> FanIn:
@@ -302,28 +395,34 @@ def _but_first(ndim: int) -> FanIn:
     return tuple(range(1 - ndim, 0))
 
 
-def _equinox(module: Any, name: str, ndim: int) -> FanIn:
-    """Return the fan-in in (out, in, *kernel), which transposed convolutions have too; vmapped axes come before."""
-    if any(_is_a(module, "equinox.nn", kind) for kind in _EQUINOX_MATRICES):
-        return (-1,)
+def _equinox(module: Any, name: str, ndim: int) -> Layout:
+    """Return the layout (out, in, *kernel), which transposed convolutions have too; vmapped axes come before."""
+    if any(_is_a(module, "equinox.nn", kind) for kind in _MATRICES):
+        return Layout((-1,), 2)
     if _is_a(module, "equinox.nn", "Conv") or _is_a(module, "equinox.nn", "ConvTranspose"):
-        return _but_first(module.num_spatial_dims + 2)
+        return Layout(_but_first(module.num_spatial_dims + 2), module.num_spatial_dims + 2)
     if type(module).__module__.startswith("equinox."):
-        return None  # norms, PReLU, states
-    return _but_first(ndim) if name.startswith("weight") else _but_last(ndim)
+        return Layout(None, 1)  # norms, PReLU, states
+    order: axes.Layout = "out_first" if name.startswith("weight") else "out_last"
+    return Layout(_but_first(ndim) if order == "out_first" else _but_last(ndim), None, order if ndim > 2 else None)
 
 
-def _nnx(module: Any, ndim: int) -> FanIn:
-    """Return the fan-in where only the attributes of an nnx module tell it."""
+def _nnx(module: Any, name: str) -> Layout | None:
+    """Return the layout where the attributes of an nnx module tell it."""
     if _is_a(module, "flax", "LinearGeneral"):
-        out = len(module.out_features)
-        return tuple(range(-out - len(module.in_features), -out))
+        into, out = len(module.in_features), len(module.out_features)
+        return Layout(tuple(range(-out - into, -out)), into + out)
     if _is_a(module, "flax", "Einsum"):
         kernel, outputs = re.fullmatch(r".*,(\w+)->(.*)", module.einsum_str.replace(" ", "")).groups()  # type: ignore[union-attr]
-        return tuple(i - len(kernel) for i, label in enumerate(kernel) if label not in outputs) or None
+        fan_in = tuple(i - len(kernel) for i, label in enumerate(kernel) if label not in outputs) or None
+        return Layout(fan_in, len(kernel))
     if _is_a(module, "flax", "ConvTranspose") and module.transpose_kernel:
-        return (*range(-len(module.kernel_shape), -2), -1)
-    return None
+        return Layout((*range(-len(module.kernel_shape), -2), -1), len(module.kernel_shape))
+    if (_is_a(module, "flax", "Conv") or _is_a(module, "flax", "ConvTranspose")) and name == "kernel":
+        return Layout(_but_last(len(module.kernel_shape)), len(module.kernel_shape))
+    if _is_a(module, "flax", "Linear") or _is_a(module, "flax", "LoRA"):
+        return Layout((-2,), 2)
+    return Layout((-1,), 2) if _is_a(module, "flax", "Embed") else None
 
 
 def _beside_bias(node: Any, shape: tuple[int, ...]) -> FanIn:

@@ -104,9 +104,13 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
         of_tensor = {id(p): wanted[name] for name, p in model.named_parameters()}
         chosen = [[of_tensor.get(id(p)) for p in group.values()] for group in named]
         if not any(own is not None for constraints in chosen for own in constraints):
+            of_model = set(map(id, model.parameters()))
+            why = "Pass the model that the optimizer was made from"
+            if any(id(p) in of_model for group in named for p in group.values()):
+                why = "A set of norms needs weights with a fan-in; axis=None makes each whole tensor one vector"
             raise ValueError(
-                "nothing would be projected: the optimizer has none of the parameters of model= that the constraint "
-                "is for. Pass the model that the optimizer was made from"
+                "nothing would be projected: the optimizer has no parameter of model= that the constraint is for. "
+                f"{why}"
             )
     elif isinstance(constraint, Mapping):
         if not all("param_names" in group for group in optimizer.param_groups):
@@ -121,6 +125,9 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
     held = _check(optimizer, chosen)
     if model is None and isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, held)
+    if model is None and isinstance(constraint, Constraint):
+        own = {"constraint": constraint, "c": constraint.moving_c}
+        settings.warn_if_idle(own, [{**group, **own} for group in optimizer.param_groups])
     return chosen
 
 

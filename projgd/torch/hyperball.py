@@ -26,7 +26,8 @@ def hyperball(cls: type[Optimizer]) -> type[Projected]:
         cls: an optimizer class with an `lr`.
 
     Returns:
-        A class whose constructor takes what that of `cls` takes.
+        A class whose constructor takes what that of `cls` takes, and `axis`: what makes one vector, default `"matrix"`.
+        `Stacked("matrix")`, also in a param group, makes one of each matrix in a stack.
 
     Raises:
         TypeError: an object that is not an optimizer class.
@@ -61,12 +62,13 @@ def _make(cls: type[Optimizer]) -> type[Projected]:
         own = [g.get("weight_decay") for g in groups if isinstance(g, dict) and g.get("constraint", cls) is not None]
         if wanted := next((d for d in (decay, *own) if d), None):
             raise ValueError(
-                f"weight_decay={wanted} has no place in hyperball(): the norm of every matrix is fixed, so decay would "
+                f"weight_decay={wanted} does not go with hyperball(): every norm is fixed, so decay would "
                 "only shorten the rest of its update. Leave it out, or give free groups (constraint=None) their own"
             )
         if decay is None and "weight_decay" in takes:
             kwargs["weight_decay"] = 0.0
-        fixed: dict[str, Any] = {"constraint": Sphere("initial", axis="matrix"), "update": RelativeUpdate()}
+        sphere = Sphere("initial", axis=kwargs.pop("axis", "matrix"))
+        fixed: dict[str, Any] = {"constraint": sphere, "update": RelativeUpdate()}
         base.__init__(self, params, *args, **kwargs, **fixed)
 
     def reduce_ex(self: Projected, protocol: Any) -> Any:

@@ -44,10 +44,12 @@ def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_optio
 
     Args:
         model: any module.
-        constraint: one constraint for all weights of the model (biases and norm layers are free), or rules: patterns
-            over the names of `model.named_parameters()`. The first match wins, and a name that no pattern matches is
-            free. An explicit axis in a constraint wins over the layer's; `"fan_in"` is the layer's.
-        **group_options: other keys for every group, such as `lr` or `weight_decay`.
+        constraint: one constraint for all weights of the model, or rules: patterns over the names of
+            `model.named_parameters()`. The first match wins, and a name that no pattern matches is free. A set of norms
+            leaves biases and norm layers free; a set of entries, such as `NonNegative`, holds them, too. An explicit
+            axis in a constraint wins over the layer's; `"fan_in"` is the layer's.
+        **group_options: other keys for every group, such as `lr` or `weight_decay`. `gradient` is for the groups with
+            a constraint only.
 
     Returns:
         One group for each distinct constraint and one for the free parameters, in the order of the model. A weight that
@@ -60,7 +62,8 @@ def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_optio
 
     Warns:
         UserWarning: a parametrized weight, where a bound on the tensor that the optimizer owns is not one on the
-            effective weight; a parameter of a layer that is not torch.nn's, which is read as (out, in, *kernel).
+            effective weight; a parameter of a layer that is not torch.nn's, which is read as (out, in, *kernel); a
+            constraint or a rule all of whose parameters are frozen.
 
     >>> from projgd import MaxNorm
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ConvTranspose1d(4, 6, 3, groups=2))
@@ -81,6 +84,8 @@ def param_groups(model: nn.Module, constraint: Constraint | Rules, **group_optio
         settings.check(own, {name: params[name]})
         if own not in groups:
             groups[own] = {"params": [], "param_names": [], "constraint": own, **group_options}
+            if own is None:
+                groups[own].pop("gradient", None)  # "tangent" needs a set
         groups[own]["params"].append(params[name])
         groups[own]["param_names"].append(name)
     return list(groups.values())
@@ -116,6 +121,7 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
     if isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, {name: own is not None for name, own in chosen.items()})
     _warn(uses, wanted, chosen)
+    _warn_of_frozen(constraint, {name: uses[name][0].param for name, own in chosen.items() if own is not None})
     return chosen
 
 
@@ -203,23 +209,32 @@ def _is_gain(module: ParametrizationList, own_name: str) -> bool:
 def _assign(constraint: Constraint | Rules, uses: Mapping[str, list[_Use]]) -> dict[str, Constraint | None]:
     """Return the constraint that the user wants for every parameter, before its layer decides the axes."""
     if isinstance(constraint, Constraint):
-        return {name: None if all(_fan_in(p) is None for p in here) else constraint for name, here in uses.items()}
+        holds_all = constraint.axis == "entries"
+        return {
+            name: constraint if holds_all or any(_fan_in(p) is not None for p in here) else None
+            for name, here in uses.items()
+        }
     if not isinstance(constraint, Mapping):
         raise TypeError(
             f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )
     shared = {p.name: name for name, here in uses.items() for p in here if p.name != name}
     for pattern in constraint:
-        if pattern in shared:
-            raise ValueError(f"the rule {pattern!r} names a shared parameter: use its first name, {shared[pattern]!r}")
+        other = next((name for name in shared if rules.matches(pattern, name)), None)
+        if other is not None and not any(rules.matches(pattern, name) for name in uses):
+            raise ValueError(
+                f"the rule {pattern!r} names {other!r}, which is one tensor with {shared[other]!r}: use that name"
+            )
     return rules.assign(constraint, uses)
 
 
 def _with_axis(own: Constraint | None, uses: list[_Use]) -> Constraint | None:
     """Return a constraint with the axes of the layers in which its parameter is."""
-    if own is None or own.axis != "fan_in":
+    if own is None or own.axis not in ("fan_in", "matrix"):
         return own
     found = {_fan_in(p) for p in uses}
+    if own.axis == "matrix":
+        return None if found == {None} else own
     if len(found) > 1:
         raise ValueError(
             f"{' and '.join(p.name for p in uses)} are one tensor whose neurons lie along different axes in the "
@@ -244,16 +259,30 @@ def _warn(
             "effective weight that the parametrization makes from it",
             stacklevel=4,
         )
-    if unknown := [name for name, p in held if not p.known and _is_fan_in(wanted[name])]:
+    if unknown := [name for name, p in held if not p.known and _is_guessed(wanted[name], p.param)]:
         warnings.warn(
             f"{', '.join(unknown)}: not a weight of a layer that projgd knows, read as (out, in, *kernel); "
-            "a rule with an explicit axis settles it",
+            "a rule with an explicit axis settles it, such as axis=1, or axis=Stacked() for a stack of experts",
             stacklevel=4,
         )
 
 
-def _is_fan_in(constraint: Constraint | None) -> bool:
-    return constraint is not None and constraint.axis == "fan_in"
+def _warn_of_frozen(constraint: Constraint | Rules, held: Mapping[str, nn.Parameter]) -> None:
+    """Warn of a constraint, or a rule, that is only for parameters that do not train."""
+    own = {None: list(held)} if isinstance(constraint, Constraint) else rules.own_names(constraint, held)
+    for pattern, names in own.items():
+        if names and not any(held[name].requires_grad for name in names):
+            who = constraint if pattern is None else f"the rule {pattern!r}"
+            warnings.warn(
+                f"{who} is for frozen parameters only, such as {names[0]!r}: nothing is projected unless they get a "
+                "gradient, or without_grad=True is passed",
+                stacklevel=4,
+            )
+
+
+def _is_guessed(constraint: Constraint | None, p: nn.Parameter) -> bool:
+    """Return whether the vectors of a parameter depend on its layer; a matrix has no layout to know."""
+    return constraint is not None and (constraint.axis == "fan_in" or (constraint.axis == "matrix" and p.ndim > 2))
 
 
 def _is_conv1d_of_transformers(layer: nn.Module) -> bool:

@@ -119,6 +119,8 @@ class Projected(Optimizer):
         self.defaults = {**self.defaults, **own}
         settings.refuse_lone_axis(own, self.param_groups)
         self._refuse_other_tensors(params)
+        said = [k for group in params if isinstance(group, Mapping) for k in group] if isinstance(params, list) else []
+        settings.warn_if_idle([*own, *said], self.param_groups)
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -354,6 +356,8 @@ class Projected(Optimizer):
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             return
         for k in kwargs:
+            if k in ("max_norm", "maxnorm", "max_value") and k not in takes:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}: pass c={kwargs[k]}")
             if k not in takes and (near := _suggest(k, {*takes, *settings.KEYS})):
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}{near}")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -28,6 +29,9 @@ from projgd.metrics import NAMES
 from projgd.sums import float_type
 from projgd.torch.engines import ranks
 from projgd.updates import Update
+
+LONG_KERNEL = 32
+"""A tensor of three axes whose last two are this long is more likely a stack of matrices than a convolution."""
 
 KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad")
 
@@ -295,6 +299,41 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             ranks.check_sharding(p, constraint, metric, name)
 
 
+def warn_if_idle(said: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if nothing will be projected, or if a stack may be read as one layer.
+
+    Args:
+        said: the keys that the user has passed, to the constructor or in any group.
+        groups: the param groups.
+
+    Warns:
+        UserWarning: no `c` and no `constraint`; constraints of which no parameter has a vector; a tensor of three axes
+            that is more likely a stack of matrices than a convolution.
+    """
+    if not set(said) & {"c", "constraint", "update", "gradient"}:
+        warnings.warn(
+            "nothing is projected: pass c=, such as c=4.0, or constraint=; c=None says that nothing should be",
+            stacklevel=4,
+        )
+    asked = [(constraint_of(g), named_params(g, i)) for i, g in enumerate(groups)]
+    found = [(own, name, p) for own, named in asked if own is not None for name, p in named.items()]
+    if found and all(own.resolve(tuple(p.shape), "out_first", name) is None for own, name, p in found):
+        own, name, p = found[0]
+        warnings.warn(
+            f"{own} holds nothing: no parameter has a vector for it, such as {name} of shape {tuple(p.shape)}. "
+            "axis=None makes each whole tensor one vector",
+            stacklevel=4,
+        )
+    for own, name, p in found:
+        if own.axis in ("fan_in", "matrix") and p.ndim == 3 and min(p.shape[1:]) >= LONG_KERNEL:
+            read, stacked = ("one matrix", '"matrix"') if own.axis == "matrix" else ("(out, in, kernel)", "")
+            warnings.warn(
+                f"{name} of shape {tuple(p.shape)} is read as {read}. If its first axis counts layers or experts, pass "
+                f"axis=Stacked({stacked}); if not, axis={None if own.axis == 'matrix' else (1, 2)} says so",
+                stacklevel=4,
+            )
+
+
 def moves_freely(constraint: Constraint | None) -> bool:
     """Return whether a constraint has no c, or one far from the ends of every dtype, which needs no check."""
     c = None if constraint is None else constraint.moving_c
@@ -353,11 +392,12 @@ def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
         group: the param group.
 
     Returns:
-        A new dict. The constraint and the update are their `config`, a `Split` is a dict, a NumPy number is a float.
+        A new dict. The constraint and the update are their `config`, an axis that is a dataclass is a dict, a NumPy
+        number is a float.
     """
     c, axis = group["c"], group["axis"]
     plain = {k: None if group[k] is None else group[k].config() for k in ("constraint", "update")}
-    plain["axis"] = dataclasses.asdict(axis) if isinstance(axis, axes.Split) else axis
+    plain["axis"] = dataclasses.asdict(axis) if isinstance(axis, (axes.Split, axes.Stacked)) else axis
     return {**group, **plain, "c": c if type(c) in (int, float, torch.Tensor, type(None)) else positive("c", c)}
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from projgd import MaxNorm, NonNegative
-from projgd.torch import ProjectedSGD, param_groups
+from projgd import Box, MaxNorm, NonNegative, Stacked
+from projgd.torch import ProjectedSGD, param_groups, project_after_step
 
 
 def units_of_last_axis(layer, *inputs):
@@ -251,14 +251,62 @@ NORMS = [
 
 
 @pytest.mark.parametrize("layer", NORMS, ids=lambda layer: type(layer).__name__)
-@pytest.mark.parametrize("constraint", [MaxNorm(0.01), NonNegative()], ids=str)
-def test_norm_layers_and_biases_are_free(layer, constraint):
+@pytest.mark.parametrize("constraint", [MaxNorm(0.01), MaxNorm(0.01, axis="matrix"), NonNegative()], ids=str)
+def test_norm_layers_and_biases_are_free_of_norms_but_not_of_sets_of_entries(layer, constraint):
     with torch.no_grad():
         for p in layer.parameters():
             p.fill_(-5.0)
     before, after = held(layer, constraint)
     for name, was in before.items():
-        np.testing.assert_array_equal(was, after[name])
+        np.testing.assert_array_equal(0 if constraint == NonNegative() else was, after[name])
+
+
+class Scaled(nn.Linear):
+    """A layer with a 0-d, a 1-d and a 2-d parameter."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+def through_groups(net, own):
+    return ProjectedSGD(param_groups(net, own), lr=1.0)
+
+
+def through_rules(net, own):
+    return ProjectedSGD(param_groups(net, {"*": own}), lr=1.0)
+
+
+def through_tensors(net, own):
+    return ProjectedSGD(net.parameters(), lr=1.0, constraint=own)
+
+
+def through_hook(net, own):
+    project_after_step(optimizer := torch.optim.SGD(net.parameters(), lr=1.0), own, net)
+    return optimizer
+
+
+def through_hook_of_tensors(net, own):
+    project_after_step(optimizer := torch.optim.SGD(net.parameters(), lr=1.0), own)
+    return optimizer
+
+
+DOORS = [through_groups, through_rules, through_tensors, through_hook, through_hook_of_tensors]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("own", "held"), [(NonNegative(), 3), (Box(-0.1, 0.1), 3), (MaxNorm(0.1), 1)], ids=str)
+def test_a_set_means_the_same_through_all_doors(door, own, held):
+    net = Scaled()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 5.0)
+    before = {name: p.detach().clone() - 5 for name, p in net.named_parameters()}
+    door(net, own).step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert len(moved) == held
+    for name in moved:
+        own_axis = own if name == "weight" or own.axis == "entries" else own.replace(axis=None)
+        assert float(own_axis.violation(net.get_parameter(name).detach()).max()) == 0
 
 
 def test_every_layer_of_torch_nn_with_weights_is_known():
@@ -321,7 +369,7 @@ def test_rules_options_and_order():
         ({"0.weight": MaxNorm(3.0, axis=2)}, "axis 2 is out of range for 0.weight"),
         ({"0.weight": 3.0}, "holds 3.0: pass a constraint"),
         ({"*.weight": MaxNorm(3.0), "0.*": MaxNorm(4.0)}, "'0.\\*' applies only to parameters without a fan-in"),
-        ({"*": MaxNorm(3.0), "0.*": None}, "'0.\\*' says nothing"),
+        ({"*": MaxNorm(3.0), "0.*": None}, "'0.\\*' has no effect"),
         ({}, "there are no rules"),
         (3.0, "3.0 is no constraint"),
     ],
@@ -341,8 +389,42 @@ def test_shared_weights_appear_once():
     net[1].weight = net[0].weight
     (group,) = param_groups(net, MaxNorm(3.0))
     assert group["param_names"] == ["0.weight"]
-    with pytest.raises(ValueError, match=r"use its first name, '0.weight'"):
-        param_groups(net, {"1.weight": MaxNorm(3.0)})
+    for pattern in ("1.weight", "1.*"):
+        with pytest.raises(ValueError, match=r"'1.weight', which is one tensor with '0.weight': use that name"):
+            param_groups(net, {pattern: MaxNorm(3.0)})
+
+
+def test_a_tangent_gradient_is_for_the_groups_with_a_set():
+    held, free = param_groups(nn.Linear(3, 2), MaxNorm(3.0), gradient="tangent", lr=0.1)
+    assert held["gradient"] == "tangent"
+    assert "gradient" not in free
+    ProjectedSGD([held, free])
+
+
+def test_rules_for_frozen_weights_alone_are_noticed():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"the rule '0.\*' is for frozen parameters only, such as '0.weight'"):
+        param_groups(net, {"0.*": MaxNorm(3.0), "1.*": MaxNorm(3.0)})
+    with pytest.warns(UserWarning, match="is for frozen parameters only"):
+        param_groups(net.requires_grad_(False), MaxNorm(3.0))
+
+
+def test_a_stack_of_experts_is_noticed_and_can_be_said():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 6, 5))
+
+    net = Experts()
+    with pytest.warns(UserWarning, match=r"up: not a weight .* read as \(out, in, \*kernel\).* axis=Stacked\(\)"):
+        param_groups(net, MaxNorm(1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = ProjectedSGD(param_groups(net, MaxNorm(0.1, axis=Stacked())), lr=0.1)
+        net.up.grad = torch.zeros_like(net.up)
+        optimizer.step()
+    np.testing.assert_allclose(net.up.detach().norm(dim=2), 0.1, rtol=1e-5)
 
 
 def test_a_weight_shared_by_layers_that_disagree_is_an_error():
@@ -403,5 +485,5 @@ def test_a_layer_of_somebody_elses_is_read_by_convention_with_a_warning():
 def test_named_parameters_give_names_to_errors():
     net = model()
     ProjectedSGD([{"params": net.named_parameters(), "c": 3.0}])
-    with pytest.raises(ValueError, match=r"axis 1 is out of range for 0.bias"):
-        ProjectedSGD([{"params": net.named_parameters(), "c": 3.0, "axis": 1}])
+    with pytest.raises(ValueError, match=r"axis 2 is out of range for 0.weight"):
+        ProjectedSGD([{"params": net.named_parameters(), "c": 3.0, "axis": 2}])

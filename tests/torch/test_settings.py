@@ -1,11 +1,13 @@
 """What a param group says: which setting wins, what holds once it is changed, and which settings are errors."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, UnitNorm
-from projgd.torch import ProjectedAdam, ProjectedSGD, projected
+from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, Stacked, UnitNorm
+from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, project_after_step, projected
 from tests.torch.common import copied, network, norms, step, weight
 
 # --------------------------------------------------------------------------------------------------- which setting wins
@@ -295,3 +297,57 @@ def test_a_metric_that_the_optimizer_does_not_have_raises_before_anything_moves(
     with pytest.raises(ValueError, match='metric="adaptive" needs the diagonal'):
         step(optimizer, 1.0)
     assert bool((p == 5).all())
+
+
+def test_what_holds_nothing_is_noticed():
+    layer = torch.nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match=r"nothing is projected: pass c=, such as c=4.0"):
+        ProjectedSGD(layer.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProjectedSGD(layer.parameters(), lr=0.1, c=None)
+        ProjectedSGD([{"params": layer.parameters(), "c": None}], lr=0.1)
+        ProjectedSGD(layer.parameters(), lr=0.1, update=RelativeUpdate())
+        ProjectedSGD([layer.bias], lr=0.1, constraint=NonNegative())
+    for wanted in ({"c": 3.0}, {"constraint": UnitNorm()}):
+        with pytest.warns(UserWarning, match=r"holds nothing: .* such as bias of shape \(2,\)\. axis=None"):
+            ProjectedSGD([("bias", layer.bias)], lr=0.1, **wanted)
+        with pytest.warns(UserWarning, match=r"holds nothing: .* of shape \(\)"):
+            ProjectedSGD([torch.nn.Parameter(torch.tensor(1.0))], lr=0.1, **wanted)
+    with pytest.warns(UserWarning, match="holds nothing"):
+        project_after_step(torch.optim.SGD([layer.bias], lr=0.1), MaxNorm(3.0))
+    norm = torch.nn.LayerNorm(3)
+    with pytest.raises(ValueError, match="A set of norms needs weights with a fan-in; axis=None makes"):
+        project_after_step(torch.optim.SGD(norm.parameters()), MaxNorm(3.0), norm)
+
+
+def test_experts_among_bare_tensors_are_noticed():
+    experts, convolution = torch.nn.Parameter(torch.ones(4, 64, 32)), torch.nn.Parameter(torch.ones(64, 32, 7))
+    with pytest.warns(UserWarning, match=r"shape \(4, 64, 32\) is read as \(out, in, kernel\)\. .* axis=Stacked\(\)"):
+        ProjectedSGD([convolution, experts], lr=0.1, c=1.0)
+    with pytest.warns(UserWarning, match=r'is read as one matrix\. .* axis=Stacked\("matrix"\)'):
+        hyperball(torch.optim.Adam)([convolution, experts])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProjectedSGD([convolution], lr=0.1, c=1.0)
+        each = hyperball(torch.optim.Adam)([experts], axis=Stacked("matrix"))
+        assert each.param_groups[0]["constraint"].axis == Stacked("matrix")
+        restored = hyperball(torch.optim.Adam)([experts], axis=None)
+        restored.load_state_dict(each.state_dict())
+        assert restored.param_groups[0]["constraint"].axis == Stacked("matrix")
+
+
+def test_the_name_that_other_libraries_have_for_the_bound_is_answered():
+    with pytest.raises(TypeError, match=r"'max_norm': pass c=3"):
+        ProjectedSGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, max_norm=3)
+
+
+def test_an_axis_of_kernels_leaves_biases_alone():
+    layer = torch.nn.Conv2d(3, 4, 2)
+    optimizer = ProjectedSGD(layer.parameters(), lr=0.1, c=0.1, axis=(1, 2, 3))
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    bias = layer.bias.detach().clone()
+    optimizer.step()
+    assert torch.equal(layer.bias, bias)
+    assert float(MaxNorm(0.1).violation(layer.weight.detach()).max()) == 0
