@@ -203,6 +203,34 @@ class Projected(Optimizer):
             self._run(work)
         return loss
 
+    def named_params(self) -> dict[str, Tensor]:
+        """Return all parameters by name; a parameter without a name has its place, "parameter 0 of group 1".
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> list(projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0).named_params())
+        ['weight', 'bias']
+        """
+        return {k: p for i, group in enumerate(self.param_groups) for k, p in settings.named_params(group, i).items()}
+
+    def constraints(self) -> dict[str, Constraint | None]:
+        """Return the constraint of every parameter by name, with the radii that were taken from it; None if it is free.
+
+        Raises:
+            TypeError, ValueError: a setting that was changed in a group and cannot be applied.
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0).constraints()["weight"]
+        MaxNorm(c=4.0, axis='fan_in')
+        """
+        self._adopt_changes()
+        found: dict[str, Constraint | None] = {}
+        for i, group in enumerate(self.param_groups):
+            own = settings.constraint_of(group)
+            for name, p in settings.named_params(group, i).items():
+                radius = None if own is None else self._radii.get(p)
+                found[name] = own if own is None or radius is None else own.bind(radius)
+        return found
+
     def routes(self, compiled: bool = False) -> routing.Routes:
         """Return the engine that projects each parameter, and why the engines before it in the table do not.
 

@@ -89,7 +89,7 @@ DTYPES = {  # of the weights and of the update
 
 
 def is_tried(form: str, dtype: str, update: str, leaf: str) -> bool:
-    """Programs are dear: all leaves in float32, convolutions in other dtypes, a ball and a sphere in two dtypes at once."""
+    """Programs are dear: all leaves in float32, `conv` in other dtypes, a ball and a sphere in two dtypes at once."""
     kind, shape = leaf.split("/")
     if FORMS[form].traced or update != dtype:
         return kind in ("MaxNorm", "Sphere") and shape == "conv"
