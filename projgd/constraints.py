@@ -259,7 +259,7 @@ class Constraint(Configured, ABC):
         """
         made = from_config(config)
         if not isinstance(made, Constraint):
-            raise TypeError(f"config describes {made}, which is no constraint: use projgd.from_config")
+            raise TypeError(f"config describes {made}, which is not a constraint: use projgd.from_config")
         return made
 
     def project(self, x: Array) -> Array:
@@ -541,6 +541,9 @@ class Sphere(NormSet):
 
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         return norms_of(x, axes, name, f"{self} keeps the initial norm", xp) if self.takes_initial else None
+
+    def __str__(self) -> str:
+        return str(replace(self, radius="initial")) if getattr(self.radius, "shape", ()) else repr(self)
 
     def bind(self, initial: Array) -> Sphere:
         bound = copy.copy(self)

@@ -394,8 +394,8 @@ def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None
         stays = (norms >= np.minimum(low, _as_numpy(band.low))) & (norms <= np.maximum(high, _as_numpy(band.high)))
         outside = finite & ~stays & (norms > 0)
         edge = finite & ((norms * (1 + near) > high) | ((norms > 0) & (norms * (1 - near) < low)))
-        bound = (float(low), float(high)) if low.size == high.size == 1 else None
-        initial = low.reshape(-1) if constraint.takes_initial or low.size > 1 else None
+        bound = (low.item(), high.item()) if low.size == high.size == 1 else None
+        initial = low.reshape(-1) if low.ndim else None  # a bound set has one number per vector
     else:
         norms, outside, edge, distance, finite = _compare(x, constraint, vectors, near)
         bound = initial = None

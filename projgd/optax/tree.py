@@ -142,8 +142,8 @@ def check_constraints(constraints: Constraints) -> None:
         if not isinstance(value, Constraint) and (value is not None or not path):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"{value!r}{where and f' at {where!r}'} is no constraint: pass one such as MaxNorm(4.0), rules such as "
-                "{'Dense_*/kernel': MaxNorm(4.0)}, or a tree of constraints and None"
+                f"{value!r}{where and f' at {where!r}'} is not a constraint: pass one such as MaxNorm(4.0), rules such "
+                "as {'Dense_*/kernel': MaxNorm(4.0)}, or a tree of constraints and None"
             )
 
 

@@ -96,7 +96,7 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
     """
     if not isinstance(constraint, (Constraint, Mapping)):
         raise TypeError(
-            f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
+            f"{constraint!r} is not a constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )
     named = [settings.named_params(group, i) for i, group in enumerate(optimizer.param_groups)]
     if model is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
+from torch import nn
 from torch.optim import Optimizer
 
 from projgd.constraints import Sphere
@@ -58,7 +59,8 @@ def _make(cls: type[Optimizer]) -> type[Projected]:
 
     def init(self: Projected, params: Any, *args: Any, **kwargs: Any) -> None:
         decay = dict(zip(takes, (params, *args), strict=False)).get("weight_decay", kwargs.get("weight_decay"))
-        groups = params = as_list(params)
+        params = as_list(params)
+        groups = [] if isinstance(params, nn.Module) else params
         own = [g.get("weight_decay") for g in groups if isinstance(g, dict) and g.get("constraint", cls) is not None]
         if wanted := next((d for d in (decay, *own) if d), None):
             raise ValueError(

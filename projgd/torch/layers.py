@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from projgd import rules
 from projgd.axes import Split
-from projgd.constraints import Constraint
+from projgd.constraints import Constraint, MaxNorm
 from projgd.rules import Rules
 from projgd.torch import settings
 
@@ -120,9 +120,73 @@ def constraints(model: nn.Module, constraint: Constraint | Rules) -> dict[str, C
     chosen = {name: _with_axis(own, uses[name]) for name, own in wanted.items()}
     if isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, {name: own is not None for name, own in chosen.items()})
+    if isinstance(constraint, Constraint) and not any(chosen.values()):
+        warnings.warn(f"{constraint} holds nothing: no parameter of the model has a fan-in", stacklevel=3)
     _warn(uses, wanted, chosen)
     _warn_of_frozen(constraint, {name: uses[name][0].param for name, own in chosen.items() if own is not None})
     return chosen
+
+
+def read_params(params: Any, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return param groups in the place of a module, or of named tensors beside rules; anything else as it is.
+
+    Args:
+        params: what an optimizer was given.
+        own: the settings that its constructor was given.
+
+    Returns:
+        What to pass on as `params`, and the settings that are not in the groups.
+
+    Raises:
+        TypeError, ValueError: as `param_groups`; rules for tensors without names; both `c` and `constraint`.
+
+    Warns:
+        UserWarning: as `param_groups`.
+    """
+    constraint, c = own.get("constraint"), own.get("c")
+    has_rules = isinstance(constraint, Mapping) and "kind" not in constraint  # a config has a kind
+    if not (has_rules or isinstance(params, nn.Module)):
+        return params, own
+    if constraint is not None and c is not None:
+        raise ValueError(f"pass c={c} or constraint={constraint}, not both")
+    rest = {k: v for k, v in own.items() if k not in ("c", "axis", "constraint")} if has_rules else own
+    if not isinstance(params, nn.Module):
+        return _groups_by_rules(list(params), cast("Rules", constraint)), rest
+    if c is None and constraint is None:
+        return list(params.named_parameters()), own
+    groups = param_groups(params, cast("Any", constraint) if c is None else MaxNorm(c, own.get("axis", "fan_in")))
+    if c is None:
+        return groups, rest
+    return [_with_c(group, c) for group in groups], rest
+
+
+def _with_c(group: dict[str, Any], c: Any) -> dict[str, Any]:
+    """Return a group with `c` and `axis` in the place of the constraint that was made from them."""
+    own = group.pop("constraint")
+    return {**group, "c": None} if own is None else {**group, "c": c, "axis": own.axis}
+
+
+def _groups_by_rules(params: list[Any], constraint: Rules) -> list[dict[str, Any]]:
+    """Return groups of `(name, tensor)` pairs; each tensor is read as (out, in, *kernel)."""
+    if not all(isinstance(p, tuple) for p in params):
+        raise ValueError(
+            "rules need names: pass the model itself, or model.named_parameters() in the place of model.parameters()"
+        )
+    named = dict(params)
+    chosen = rules.assign(constraint, named)
+    for name, own in chosen.items():
+        settings.check(own, {name: named[name]})
+    held = {
+        name: own is not None and own.resolve(tuple(named[name].shape), "out_first", name) is not None
+        for name, own in chosen.items()
+    }
+    rules.refuse_idle(constraint, held)
+    _warn_of_frozen(constraint, {name: p for name, p in named.items() if held[name]})
+    groups: dict[Constraint | None, dict[str, Any]] = {}
+    for name, own in chosen.items():
+        group = groups.setdefault(own, {"params": [], "constraint": own})
+        group["params"].append((name, named[name]))
+    return list(groups.values())
 
 
 def fan_in(layer: nn.Module, name: str, ndim: int) -> tuple[int, ...] | Split | None:
@@ -216,7 +280,7 @@ def _assign(constraint: Constraint | Rules, uses: Mapping[str, list[_Use]]) -> d
         }
     if not isinstance(constraint, Mapping):
         raise TypeError(
-            f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
+            f"{constraint!r} is not a constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )
     shared = {p.name: name for name, here in uses.items() for p in here if p.name != name}
     for pattern in constraint:

@@ -20,7 +20,8 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.axes import Axis
 from projgd.constraints import Constraint
-from projgd.torch import metrics, routing, settings, shaping
+from projgd.rules import Rules
+from projgd.torch import layers, metrics, routing, settings, shaping
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
 from projgd.torch.radii import KEY, Radii
@@ -50,11 +51,13 @@ class Projected(Optimizer):
     changed there, like `lr`.
 
     Args:
-        params: tensors, `(name, tensor)` pairs or param groups, as torch.optim takes them; see also `param_groups`.
+        params: a `torch.nn.Module`, whose every layer is then read by its own fan-in, as by `param_groups`; or tensors,
+            `(name, tensor)` pairs or param groups, as torch.optim takes them, each read as (out, in, *kernel).
         *args, **kwargs: the options of the inner optimizer, such as `lr`.
         c: the max-norm bound, short for `constraint=MaxNorm(c, axis)`; default None, no bound.
         axis: the axes that make one vector, beside `c`; default `"fan_in"`.
-        constraint: the set that is projected onto; default None, which leaves the group free.
+        constraint: the set that is projected onto, or rules over the parameters' names, such as
+            `{"features.*": MaxNorm(3)}`; default None, which leaves the group free.
         update: how the inner optimizer's update is shaped before the projection; default None, no shaping.
         gradient: `"tangent"` removes from `p.grad`, in place, what would change the norm; default None.
         metric: `"euclidean"`, the default, projects in the plain norm; `"adaptive"` in the norm Σ D_i w_i² of the
@@ -97,7 +100,7 @@ class Projected(Optimizer):
         *args: Any,
         c: float | Tensor | None = _NOT_GIVEN,
         axis: Axis = _NOT_GIVEN,
-        constraint: Constraint | None = _NOT_GIVEN,
+        constraint: Constraint | Rules | None = _NOT_GIVEN,
         update: Update | None = _NOT_GIVEN,
         gradient: Literal["tangent"] | None = _NOT_GIVEN,
         metric: Literal["euclidean", "adaptive"] = _NOT_GIVEN,
@@ -107,6 +110,7 @@ class Projected(Optimizer):
     ) -> None:
         given = (c, axis, constraint, update, gradient, metric, without_grad)
         own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
+        params, own = layers.read_params(as_list(params), own)
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
         self._has_projected: bool | None = False  # as before the first step; None while a subclass's step runs
@@ -114,7 +118,6 @@ class Projected(Optimizer):
         if engine is not None and engine not in routing.NAMES:
             raise ValueError(f"engine={engine!r} is not known: pass one of {', '.join(routing.NAMES)}, or None")
         self._refuse_misspelt(kwargs)
-        params = as_list(params)
         super().__init__(params, *args, **kwargs)  # calls `add_param_group`, which checks every group and fills `_seen`
         self.defaults = {**self.defaults, **own}
         settings.refuse_lone_axis(own, self.param_groups)
@@ -548,8 +551,8 @@ def as_list(params: Any) -> Any:
     if isinstance(params, Mapping):
         own = params.get("params")
         return params if own is None or isinstance(own, set) else {**params, "params": as_list(own)}
-    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
-        return params  # torch raises a clear error for these
+    if isinstance(params, (Tensor, str, torch.nn.Module)) or not isinstance(params, Iterable):
+        return params  # a module is read by its layers; torch raises a clear error for the others
     return [as_list(p) if isinstance(p, Mapping) else p for p in params]
 
 

@@ -59,8 +59,8 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
     constraint_of(settings)  # making the constraint in force checks c, axis and constraint
     if settings["update"] is not None and not isinstance(settings["update"], Update):
         raise TypeError(
-            f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "
-            "it comes"
+            f"update={settings['update']!r} is not a shaping of updates: pass one such as RelativeUpdate(), "
+            "or None for the update as it comes"
         )
     if settings["gradient"] not in (None, "tangent"):
         raise ValueError(f'gradient={settings["gradient"]!r} is not known: pass None or "tangent"')
@@ -240,8 +240,7 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
         return None if c is None else MaxNorm(c, group["axis"])
     if not isinstance(constraint, Constraint):
         raise TypeError(
-            f"constraint={constraint!r} is no constraint: pass one such as MaxNorm(4.0); rules go through "
-            "param_groups(model, rules)"
+            f"constraint={constraint!r} is not a constraint: pass one such as MaxNorm(4.0); rules go to the constructor"
         )
     if c is None:
         return constraint if constraint.moving_c is None else None

@@ -168,7 +168,12 @@ class Wrapper:
     ("make", "constraint", "model", "says"),
     [
         (lambda net: Wrapper(), MaxNorm(4.0), None, "takes a torch.optim.Optimizer, not Wrapper; of a wrapper pass"),
-        (lambda net: torch.optim.Adam(net.parameters()), 4.0, None, "4.0 is no constraint: pass one such as MaxNorm"),
+        (
+            lambda net: torch.optim.Adam(net.parameters()),
+            4.0,
+            None,
+            "4.0 is not a constraint: pass one such",
+        ),
         (lambda net: torch.optim.Adam(net.parameters()), {"0.*": MaxNorm(0.2)}, None, "pass model= here"),
         (lambda net: torch.optim.Adam(net.named_parameters()), {}, None, "there are no rules"),
         (

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from projgd import Box, MaxNorm, NonNegative, Stacked
-from projgd.torch import ProjectedSGD, param_groups, project_after_step
+from projgd import Box, MaxNorm, NonNegative, Stacked, UnitNorm, report
+from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
 
 
 def units_of_last_axis(layer, *inputs):
@@ -371,7 +371,7 @@ def test_rules_options_and_order():
         ({"*.weight": MaxNorm(3.0), "0.*": MaxNorm(4.0)}, "'0.\\*' applies only to parameters without a fan-in"),
         ({"*": MaxNorm(3.0), "0.*": None}, "'0.\\*' has no effect"),
         ({}, "there are no rules"),
-        (3.0, "3.0 is no constraint"),
+        (3.0, "3.0 is not a constraint"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(rules, message):
@@ -487,3 +487,80 @@ def test_named_parameters_give_names_to_errors():
     ProjectedSGD([{"params": net.named_parameters(), "c": 3.0}])
     with pytest.raises(ValueError, match=r"axis 2 is out of range for 0.weight"):
         ProjectedSGD([{"params": net.named_parameters(), "c": 3.0, "axis": 2}])
+
+
+# --------------------------------------------------------------------------------------------------- a module is enough
+
+
+def mixed():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+    )
+
+
+def steps(net, optimizer):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+RULES = {"0.*": MaxNorm(0.3), "3.weight": UnitNorm(), "4.bias": NonNegative()}
+
+
+@pytest.mark.parametrize("cls", [ProjectedSGD, ProjectedAdam, projected(torch.optim.RMSprop)])
+@pytest.mark.parametrize("own", [MaxNorm(0.3), MaxNorm(0.3, axis=0), UnitNorm(), NonNegative(), RULES], ids=str)
+def test_a_module_is_read_by_its_layers(cls, own):
+    net, other = mixed(), mixed()
+    net[4].weight, other[4].weight = net[3].weight, other[3].weight  # tied
+    one, two = cls(net, lr=0.1, constraint=own), cls(param_groups(other, own), lr=0.1)
+    assert one.constraints() == two.constraints()
+    assert all(torch.equal(a, b) for a, b in zip(steps(net, one), steps(other, two), strict=True))
+
+
+def test_c_for_a_module_is_a_number_that_moves():
+    net = mixed()
+    optimizer = ProjectedSGD(net, lr=0.1, c=0.3, momentum=0.9)
+    assert {(g["c"], g["constraint"]) for g in optimizer.param_groups} == {(0.3, None), (None, None)}
+    assert optimizer.constraints()["2.weight"] == MaxNorm(0.3, axis=(0, 2, 3))
+    for group in optimizer.param_groups:
+        if group["c"] is not None:
+            group["c"] = 0.2
+    steps(net, optimizer)
+    assert report(optimizer).violations == 0
+    assert report(optimizer).largest == pytest.approx(0.2, rel=1e-5)
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
+    assert optimizer.param_groups[-1]["c"] == 0.3
+
+
+def test_rules_for_named_tensors():
+    net = mixed()
+    optimizer = ProjectedSGD(net.named_parameters(), lr=0.1, constraint={"0.*": MaxNorm(0.3), "3.weight": UnitNorm()})
+    assert {k: v for k, v in optimizer.constraints().items() if v} == {
+        "0.weight": MaxNorm(0.3),
+        "0.bias": MaxNorm(0.3),
+        "3.weight": UnitNorm(),
+    }
+    with pytest.raises(ValueError, match=r"rules need names: pass the model itself, or model.named_parameters\(\)"):
+        ProjectedSGD(net.parameters(), lr=0.1, constraint={"0.*": MaxNorm(0.3)})
+    with pytest.raises(ValueError, match=r"'9\.\*' matches no parameter"):
+        ProjectedSGD(net, lr=0.1, constraint={"9.*": MaxNorm(0.3)})
+    with pytest.raises(ValueError, match="not both"):
+        ProjectedSGD(net, lr=0.1, c=3.0, constraint={"0.*": MaxNorm(0.3)})
+
+
+def test_hyperball_of_a_module_leaves_gains_and_biases_to_the_inner_optimizer():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([3, 4]))
+    optimizer = hyperball(torch.optim.Adam)(net, lr=0.1)
+    assert [name for name, own in optimizer.constraints().items() if own is not None] == ["0.weight"]
+    before = net[0].weight.detach().norm()
+    steps(net, optimizer)
+    assert float(net[0].weight.detach().norm()) == pytest.approx(float(before), rel=1e-6)
+
+
+def test_a_module_without_weights_of_a_fan_in_is_noticed():
+    with pytest.warns(UserWarning, match="holds nothing: no parameter of the model has a fan-in"):
+        ProjectedSGD(nn.LayerNorm(3), lr=0.1, c=3.0)

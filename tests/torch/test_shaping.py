@@ -347,7 +347,7 @@ class NoLearningRate(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (refuse(update="relative"), TypeError, "is no shaping: pass one such as RelativeUpdate"),
+        (refuse(update="relative"), TypeError, "is not a shaping of updates: pass one such as RelativeUpdate"),
         (refuse(gradient="normal"), ValueError, "gradient='normal' is not known"),
         (refuse(gradient="tangent"), ValueError, "needs a set of vectors"),
         (refuse(constraint=NonNegative(), gradient="tangent"), ValueError, "needs a set of vectors"),
