@@ -468,10 +468,11 @@ class Interrupted(TangentUpdate):
         raise KeyboardInterrupt
 
 
-def test_an_interrupt_while_the_update_is_shaped_gives_the_weights_back():
+@pytest.mark.parametrize("fused", [None, True])
+def test_an_interrupt_while_the_update_is_shaped_gives_the_weights_back(fused):
     p = torch.nn.Parameter(torch.randn(3, 4))
     w = p.detach().clone()
-    optimizer = projected(torch.optim.SGD)([p], lr=0.1, constraint=UnitNorm(), update=Interrupted())
+    optimizer = projected(torch.optim.SGD)([p], lr=0.1, constraint=UnitNorm(), update=Interrupted(), fused=fused)
     p.grad = torch.ones_like(p)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()

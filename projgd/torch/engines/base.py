@@ -21,6 +21,7 @@ from projgd.bands import Band
 from projgd.constraints import Constraint
 from projgd.sums import FLOATS, FloatType
 from projgd.torch.metrics import Metric
+from projgd.updates import Update
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
@@ -76,6 +77,11 @@ class Job:
     def vectors(self, p: Tensor) -> Vectors | None:
         """Return the vectors of a parameter that the constraint applies to; None for a parameter that is free."""
         return None if self.constraint is None else self.constraint.resolve(tuple(p.shape), "out_first")
+
+    def vectors_of_update(self, p: Tensor) -> Vectors | None:
+        """Return the vectors along which the update of a parameter is shaped; None for one that stays as it is."""
+        update: Update | None = self.group.get("update")
+        return None if update is None else update.resolve(tuple(p.shape), "out_first", beside=self.constraint)
 
     def bound(self, p: Tensor) -> Constraint:
         """Return the constraint of a parameter, with the radii that were taken from it."""
@@ -180,7 +186,7 @@ def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     yield not job.group.get("fused"), "fused=True was not passed"
     yield job.compiled, "torch.compile makes a graph of its own"
     yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
-    yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
+    yield job.group.get("gradient") is not None, "it takes the gradient as it comes"
     yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
     state, names = job.optimizer.state.get(p, {}), state_names(job)
