@@ -16,9 +16,9 @@ from projgd.torch.classes import (
     ProjectedRprop,
     ProjectedSGD,
     ProjectedSparseAdam,
+    hyperball,
 )
 from projgd.torch.hooks import project_after_step
-from projgd.torch.hyperball import hyperball
 from projgd.torch.layers import param_groups
 from projgd.torch.metrics import register_metric
 from projgd.torch.optimizers import Projected, projected
