@@ -22,7 +22,7 @@ Chosen = list[list[Constraint | None]]
 
 def project_after_step(
     optimizer: Optimizer,
-    constraint: Constraint | Rules,
+    constraint: Constraint | Rules | None,
     model: torch.nn.Module | None = None,
     *,
     without_grad: bool = False,
@@ -33,7 +33,8 @@ def project_after_step(
 
     Args:
         optimizer: any optimizer; its state and its param groups do not change.
-        constraint: one constraint for all its parameters, or rules over their names.
+        constraint: one constraint for all its parameters, or rules over their names; None, beside `model`, for what is
+            declared on the model, see `constrain`.
         model: the module that gives the names and the axes of each layer, see `param_groups`. Parameters of the
             optimizer that are not in it are free. Default None: the names are those that the optimizer was given
             (`model.named_parameters()`), and a weight is read as (out, in, *kernel).
@@ -89,12 +90,12 @@ def project_after_step(
     return handle
 
 
-def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Chosen:
+def _choose(optimizer: Optimizer, constraint: Constraint | Rules | None, model: torch.nn.Module | None) -> Chosen:
     """Return the constraint of each parameter, by its position in the param groups.
 
     Positions outlive tensors: a wrapper such as Accelerate's for FSDP2 later puts other tensors there.
     """
-    if not isinstance(constraint, (Constraint, Mapping)):
+    if not isinstance(constraint, (Constraint, Mapping)) and (model is None or constraint is not None):
         raise TypeError(
             f"{constraint!r} is not a constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )

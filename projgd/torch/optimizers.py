@@ -110,6 +110,7 @@ class Projected(Optimizer):
     ) -> None:
         given = (c, axis, constraint, update, gradient, metric, without_grad)
         own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
+        is_module = isinstance(params, torch.nn.Module)
         params, own = layers.read_params(as_list(params), own)
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
@@ -124,6 +125,8 @@ class Projected(Optimizer):
         self._refuse_other_tensors(params)
         said = [k for group in params if isinstance(group, Mapping) for k in group] if isinstance(params, list) else []
         settings.warn_if_idle([*own, *said], self.param_groups)
+        if not is_module and "constraint" not in said:
+            layers.warn_of_declared(_all_params(self.param_groups))
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

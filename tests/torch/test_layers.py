@@ -1,5 +1,8 @@
 """What one neuron is, layer by layer: measured with autograd, then the projection of exactly those weights."""
 
+import copy
+import importlib
+import pickle
 import warnings
 
 import numpy as np
@@ -9,7 +12,17 @@ from torch import nn
 from torch.nn.utils import prune
 
 from projgd import Box, MaxNorm, NonNegative, Stacked, UnitNorm, report
-from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
+from projgd.torch import (
+    ProjectedAdam,
+    ProjectedSGD,
+    constrain,
+    declared,
+    hyperball,
+    param_groups,
+    project_after_step,
+    projected,
+    unconstrain,
+)
 
 
 def units_of_last_axis(layer, *inputs):
@@ -564,3 +577,139 @@ def test_hyperball_of_a_module_leaves_gains_and_biases_to_the_inner_optimizer():
 def test_a_module_without_weights_of_a_fan_in_is_noticed():
     with pytest.warns(UserWarning, match="holds nothing: no parameter of the model has a fan-in"):
         ProjectedSGD(nn.LayerNorm(3), lr=0.1, c=3.0)
+
+
+# ------------------------------------------------------------------------------------------------ declared on a layer
+
+
+class EEGNet(nn.Module):
+    """A model that declares its own bounds: 1 on the depthwise spatial filters, 0.25 on the classifier.
+
+    V. Lawhern et al., *EEGNet*, J. Neural Eng. 15, 2018, table 2.
+    """
+
+    def __init__(self, channels=5, classes=3):
+        super().__init__()
+        self.temporal = nn.Conv2d(1, 4, (1, 7), padding="same", bias=False)
+        self.spatial = constrain(nn.Conv2d(4, 8, (channels, 1), groups=4, bias=False), MaxNorm(1.0))
+        self.norm = nn.BatchNorm2d(8)
+        self.classifier = constrain(nn.Linear(8, classes), MaxNorm(0.25))
+
+    def forward(self, x):
+        x = nn.functional.elu(self.norm(self.spatial(self.temporal(x))))
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+DECLARED = {"spatial.weight": MaxNorm(1.0), "classifier.weight": MaxNorm(0.25)}
+
+
+def trained_by_a_loop_that_knows_nothing(model, name="ProjectedAdamW", **options):
+    optimizer = getattr(importlib.import_module("projgd.torch"), name)(model, lr=0.05, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x, y = torch.randn(8, 1, 5, 20, generator=generator), torch.randint(3, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def largest_norms(model):
+    weights = {n: p.detach().double() for n, p in model.named_parameters() if p.ndim > 1}
+    return {n: float(w.flatten(1).norm(dim=1).max()) for n, w in weights.items()}
+
+
+def test_a_model_declares_its_own_bounds():
+    torch.manual_seed(0)
+    model = EEGNet()
+    assert declared(model) == DECLARED
+    assert set(model.state_dict()) == {
+        *(f"{k}.weight" for k in ("temporal", "spatial", "norm", "classifier")),
+        *(f"norm.{k}" for k in ("bias", "running_mean", "running_var", "num_batches_tracked")),
+        "classifier.bias",
+    }
+    trained_by_a_loop_that_knows_nothing(model)
+    found = largest_norms(model)
+    assert 0.25 * (1 - 1e-5) <= found["classifier.weight"] <= 0.25
+    assert found["spatial.weight"] <= 1
+    assert found["temporal.weight"] > 0.25
+
+
+@pytest.mark.parametrize(
+    "how", ["deepcopy", "pickle", "torch.save", "half", "meta and back", "compiled", "parametrized"]
+)
+def test_a_declaration_travels_with_the_model(how, tmp_path):
+    model = EEGNet()
+    if how == "deepcopy":
+        model = copy.deepcopy(model)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        model = torch.load(tmp_path / "model.pt", weights_only=False)
+    elif how == "half":
+        model = model.to(torch.bfloat16)
+    elif how == "meta":
+        model = model.to("meta").to_empty(device="cpu")
+    elif how == "parametrized":
+        nn.utils.parametrizations.weight_norm(model.temporal)
+    prefix = ""
+    if how == "compiled":
+        model, prefix = torch.compile(model, backend="eager"), "_orig_mod."
+    assert declared(model) == {prefix + name: own for name, own in DECLARED.items()}
+    with pytest.warns(UserWarning, match=r"weight of a (Conv2d|Linear) has a declared constraint.* pass the model"):
+        ProjectedSGD(model.parameters(), lr=0.1, c=3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = ProjectedSGD(model, lr=0.1)
+    held = {name.removeprefix(prefix): own for name, own in optimizer.constraints().items() if own is not None}
+    assert held == DECLARED
+
+
+def test_rules_win_over_what_is_declared_which_wins_over_a_bound_for_all():
+    model = constrain(EEGNet(), None, "temporal.weight")
+
+    def held(**options):
+        found = ProjectedSGD(model, lr=0.1, **options).constraints()
+        return {name: own for name, own in found.items() if own is not None}
+
+    assert held() == held(c=3.0) == DECLARED
+    assert held(constraint={"spatial.*": MaxNorm(2.0)}) == {**DECLARED, "spatial.weight": MaxNorm(2.0)}
+    assert held(constraint={"temporal.*": MaxNorm(2.0), "*": None}) == {"temporal.weight": MaxNorm(2.0)}
+    assert held(constraint={"*.bias": NonNegative()}).keys() == {*DECLARED, "norm.bias", "classifier.bias"}
+    assert held(c=None) == {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    project_after_step(optimizer, None, model)
+    steps(model, optimizer)
+    assert largest_norms(model)["classifier.weight"] <= 0.25
+    unconstrain(model, "spatial.weight")
+    assert declared(model) == {"temporal.weight": None, "classifier.weight": MaxNorm(0.25)}
+    assert declared(unconstrain(model)) == {}
+    with pytest.warns(UserWarning, match="nothing is projected"):
+        ProjectedSGD(model, lr=0.1)
+
+
+def test_what_cannot_be_declared_is_an_error():
+    layer = nn.Linear(3, 2)
+    for name in ("wieght", "0.weight", "weight.data"):
+        with pytest.raises(ValueError, match=rf"Linear has no parameter '{name}'; its parameters are weight, bias"):
+            constrain(layer, MaxNorm(1.0), name)
+    with pytest.raises(ValueError, match="weight of LazyLinear is not initialised yet"):
+        constrain(nn.LazyLinear(3), MaxNorm(1.0))
+    with pytest.raises(ValueError, match=r"axis 2 is out of range for weight of Linear"):
+        constrain(layer, MaxNorm(1.0, axis=2))
+    with pytest.raises(TypeError, match=r"4.0 is not a constraint: pass one such as MaxNorm\(4.0\)"):
+        constrain(layer, 4.0)
+    with pytest.raises(TypeError, match=r"takes a torch.nn.Module, not a Parameter"):
+        constrain(layer.weight, MaxNorm(4.0))
+    assert declared(layer) == {}
+    constrain(constrain(layer, MaxNorm(1.0)), MaxNorm(1.0))
+    with pytest.raises(ValueError, match=r"has MaxNorm\(c=1.0.* already, and .* unconstrain\(module, 'weight'\)"):
+        constrain(layer, UnitNorm())
+    tied = nn.Sequential(layer, constrain(nn.Linear(3, 2), UnitNorm()))
+    tied[1].weight = layer.weight
+    with pytest.raises(ValueError, match=r"0.weight and 1.weight are one tensor, and .* are declared on it: keep one"):
+        ProjectedSGD(tied, lr=0.1)
+    frozen = constrain(nn.Linear(3, 2), MaxNorm(1.0)).requires_grad_(False)
+    with pytest.warns(UserWarning, match="what is declared is for frozen parameters only"):
+        ProjectedSGD(frozen, lr=0.1)
