@@ -32,8 +32,8 @@ from projgd.sums import float_type
 from projgd.updates import Update
 
 Constraints = Constraint | rules.Rules | Any
-"""A constraint; rules {pattern: constraint or None}; or a tree of constraints and None (free) with the structure of
-the parameters or of their upper part."""
+"""A constraint; rules {pattern: constraint or None}; a tree of constraints and None (free) with the structure of the
+parameters or of their upper part; or the function `declared`, for what is declared on the parameters."""
 
 Schedule = Callable[[Any], Constraints]
 """A function from the step (0, 1, …; traced) to constraints."""
@@ -45,6 +45,9 @@ SplitOver = Mapping[str, str | tuple[str, ...]]
 
 FanIn = tuple[int, ...] | None
 """Axes (counted from the end, all negative) over which one neuron's norm is taken; None for a leaf without one."""
+
+DECLARED = "constraint"
+"""The key of a constraint in the metadata of an nnx Variable, and the attribute of a box of linen."""
 
 _BIASES = ("bias", "b")
 _STACKS = {"layer", "layers", "block", "blocks", "stack", "repeat", "scan", "vmap", "expert", "experts"}
@@ -78,11 +81,13 @@ class Leaf:
         name: its keys joined by `/`.
         array: the parameter.
         layout: what its axes are.
+        declared: the constraints that are declared on it, none or one; None in it stands for a free parameter.
     """
 
     name: str
     array: Any
     layout: Layout
+    declared: tuple[Constraint | None, ...] = ()
 
     @property
     def fan_in(self) -> FanIn:
@@ -137,6 +142,8 @@ class LeafConstraint:
 
 def check_constraints(constraints: Constraints) -> None:
     """Raise TypeError for what can be no `Constraints` of any parameters."""
+    if constraints is declared:
+        return
     found = jax.tree_util.tree_flatten_with_path(constraints, is_leaf=lambda node: node is None)[0]
     for path, value in found:
         if not isinstance(value, Constraint) and (value is not None or not path):
@@ -172,6 +179,8 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
     >>> [leaf and leaf.vectors for leaf in resolve({"*": MaxNorm(4.0)}, params)]
     [None, Vectors(shape=(4, 2), axes=(0,))]
     """
+    if constraints is declared and not (constraints := declared(params)):
+        raise ValueError("no constraint is declared on the parameters: see projgd.optax.constrain, or pass one")
     check_constraints(constraints)
     leaves = find_leaves(params)
     names = [leaf.name for leaf in leaves if leaf]
@@ -191,6 +200,34 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
     resolved = [_resolve_split(leaf, chosen[leaf.name] if leaf else None, over) for leaf in leaves]
     rules.refuse_idle(constraints, {leaf.name: bool(r) for leaf, r in zip(leaves, resolved, strict=True) if leaf})
     return resolved
+
+
+def declared(params: Any) -> dict[str, Constraint | None]:
+    """Return the constraints that are declared on parameters, by name: rules, as `projection` takes them.
+
+    `projection(declared)` reads them when it is initialised. To change some, put rules before them:
+    `projection({"head/*": MaxNorm(2.0), **declared(params)})`.
+
+    Args:
+        params: a tree of parameters: an nnx module or its state, the variables of a linen module, an equinox module.
+
+    Returns:
+        The constraints; None for a parameter that is declared free.
+
+    Raises:
+        TypeError: a declaration that is not a constraint.
+
+    >>> from flax import nnx
+    >>> from projgd import MaxNorm
+    >>> init = nnx.with_metadata(nnx.initializers.lecun_normal(), constraint=MaxNorm(1.0))
+    >>> declared(nnx.Linear(3, 2, kernel_init=init, rngs=nnx.Rngs(0)))
+    {'kernel': MaxNorm(c=1.0, axis='fan_in')}
+    """
+    found = {leaf.name: leaf.declared[0] for leaf in find_leaves(params) if leaf and leaf.declared}
+    for name, own in found.items():
+        if own is not None and not isinstance(own, Constraint):
+            raise TypeError(f"{name} declares {own!r}, which is not a constraint: declare one such as MaxNorm(4.0)")
+    return found
 
 
 def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> LeafConstraint | None:
@@ -334,7 +371,21 @@ def _leaf(params: Any, path: tuple[Any, ...], array: Any) -> Leaf:
     layout = _layout(nodes, names, tuple(jnp.shape(array)))
     if layout.guess and box is not None:
         layout = _from_partition_names(boxed) or layout
-    return Leaf("/".join(names), array, layout)
+    return Leaf("/".join(names), array, layout, _find_declared(nodes, names, boxed))
+
+
+def _find_declared(nodes: list[Any], names: list[str], box: Any) -> tuple[Constraint | None, ...]:
+    """Return what the box of a parameter declares, or else the innermost equinox module around it."""
+    said = box.get_metadata() if hasattr(box, "get_metadata") else vars(box) if hasattr(box, "__dict__") else {}
+    if DECLARED in said:
+        return (said[DECLARED],)
+    for i in reversed(range(len(nodes))):
+        own = getattr(nodes[i], "constraints", None) if _is_a(nodes[i], "equinox", "Module") else None
+        if isinstance(own, Mapping):
+            first = next((pattern for pattern in own if rules.matches(pattern, "/".join(names[i:]))), None)
+            if first is not None:
+                return (own[first],)
+    return ()
 
 
 def _layout(nodes: list[Any], names: list[str], shape: tuple[int, ...]) -> Layout:
