@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from projgd.axes import Axis, Split
-from projgd.constraints import MaxNorm, positive
+from projgd.constraints import Constraint, MaxNorm, positive
 from projgd.optax import tree
 from projgd.optax.tree import Constraints, LeafConstraint, Schedule, SplitOver, Transformation, is_absent
-from projgd.optax.xla import Turns, add_update, project_leaf, round_to_dtype, store_update, take_difference
+from projgd.optax.xla import Turns, add_update, project_leaf, reach, round_to_dtype, store_update
 
 
 class ProjectionState(NamedTuple):
@@ -128,6 +128,9 @@ def make_projection(
             leaf and leaf.constraint.initial(leaf.view(p), leaf.vectors.axes, leaf.name, jnp)
             for p, leaf in zip(arrays, leaves, strict=True)
         ]
+        for p, leaf in zip(arrays, leaves, strict=True):
+            if leaf and type(leaf.constraint).rounding_interval is Constraint.rounding_interval:
+                leaf.constraint.rounding_interval(p, p, jnp.linalg.norm, jnp)  # raises the error, before any update
         taken = any(numbers is not None for numbers in initial)
         return state._replace(initial=tree.find_structure(params).unflatten(initial) if taken else None)
 
@@ -163,7 +166,7 @@ def project_update(
 ) -> jax.Array:
     """Return the update that `optax.apply_updates` takes from p to project(p + u, leaf), rounding included."""
     q = round_to_dtype(project(add_update(p, store_update(u)), leaf))
-    return take_difference(q, p, jnp.promote_types(u.dtype, p.dtype))
+    return reach(q, p, leaf, jnp.promote_types(u.dtype, p.dtype))
 
 
 def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over: SplitOver | None = None) -> Any:
