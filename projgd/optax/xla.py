@@ -206,7 +206,7 @@ def store_update(u: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def take_difference(q: jax.Array, p: jax.Array, least: jax.Array, most: jax.Array, dtype: Any) -> jax.Array:
-    """Return d with p + d = q wherever some d of `dtype` gives that, and else with p + d as near as it can be to q.
+    """Return d with p + d = q wherever some d of `dtype` gives that, and else with p + d beside q, in the interval.
 
     Args:
         q: the point to reach, from `least` to `most`.
@@ -225,14 +225,12 @@ def take_difference(q: jax.Array, p: jax.Array, least: jax.Array, most: jax.Arra
     zero = jnp.copysign(jnp.zeros_like(wide), wide)  # p = q may be infinite, and -0 + 0 is 0
     d = round_to_dtype(jnp.where(q == p, zero, wide - p.astype(dtype)))
     reached = add_update(p, d)
-    steps = (reached != q) & (d != 0) & (d == d)  # the bits after those of 0 and of NaN are no neighbours
-    step = jnp.where((reached < q) == (d > 0), 1, -1)
+    towards_q = jnp.where((reached < q) == (d > 0), 1, -1)
     bits = jax.lax.bitcast_convert_type(d, f"int{8 * d.dtype.itemsize}")
-    next_d = jax.lax.bitcast_convert_type(bits + jnp.where(steps, step, 0).astype(bits.dtype), d.dtype)
-    next_reached = add_update(p, next_d)
-    is_inside, is_next_inside = ((least <= x) & (x <= most) for x in (reached, next_reached))
-    is_nearer = jnp.abs(next_reached - q) < jnp.abs(reached - q)
-    return jnp.where(steps & jnp.where(is_inside == is_next_inside, is_nearer, is_next_inside), next_d, d)
+    step = jnp.where((d == 0) | (reached == q), 0, towards_q).astype(bits.dtype)  # the bits before those of 0 are NaN
+    next_d = jax.lax.bitcast_convert_type(bits + step, d.dtype)
+    is_outside = (reached < least) | (reached > most)  # not so, if the point is NaN
+    return jnp.where(is_outside | (add_update(p, next_d) == q), next_d, d)
 
 
 @take_difference.defjvp
