@@ -441,14 +441,14 @@ class NormSet(Constraint):
         if is_fixed and low == 0:
             return -size, size
         if low is high or (is_fixed and low == high):
-            least, most = xp.full_like(size, kind.smallest), xp.full_like(size, math.inf)
+            least, most = xp.full_like(size, kind.smallest), xp.full_like(size, kind.largest)
         else:
             compute, unit = getattr(xp, kind.compute), math.ldexp(1.0, -math.frexp(high)[1])  # so no square overflows
             near_low = norm(xp.astype(q, compute) * unit) < (low + high) / 2 * unit
             # From so far away that all entries could become 0, the nearest other vector is one that can be scaled next.
             far = ~(norm(xp.astype(p, compute) * unit) * (4 * kind.unit) <= (high - low) * unit)
             least = xp.where(near_low, size, xp.where(far, kind.smallest, 0.0))
-            most = xp.where(near_low | far, math.inf, size)
+            most = xp.where(near_low | far, kind.largest, size)
         return xp.where(q > 0, least, xp.where(q < 0, -most, q)), xp.where(q < 0, -least, xp.where(q > 0, most, q))
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
@@ -652,7 +652,7 @@ class NonNegative(Constraint):
     def rounding_interval(
         self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
     ) -> tuple[float, float]:
-        return 0.0, math.inf
+        return 0.0, float_type(q).largest
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
@@ -786,6 +786,8 @@ def norms_of(x: Array, axes: tuple[int, ...], name: str, why: str, xp: ModuleTyp
     """
     xp = xp or array_namespace(x)
     norms = norm(x, axes, xp)
+    if 0 in x.shape:  # no entry that an update could move
+        return norms
     fine = xp.isfinite(norms) & (norms > 0)
     try:
         bad = int(xp.sum(xp.astype(~fine, xp.int32)))

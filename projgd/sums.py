@@ -162,7 +162,9 @@ def scale(x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array
     # XLA multiplies by the reciprocal, which is 0 for the largest numbers, and it flushes subnormal numbers to 0.
     level = xp.where(r > 1, xp.full_like(r, 2.0**-8), xp.where(r < 2.0**-64, xp.full_like(r, 2.0**64), 1.0))
     divisor = xp.where(r * level > 0, r * level, xp.ones_like(r))
-    return x * level / xp.where(xp.isfinite(r), divisor, xp.full_like(r, math.nan)), r
+    # `jax_debug_nans` takes a constant NaN for an error. Divided by r itself, an infinite entry becomes NaN, too.
+    broken = r if is_jax_namespace(xp) else xp.full_like(r, math.nan)
+    return x * level / xp.where(xp.isfinite(r), divisor, broken), r
 
 
 def tree_sum(x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:

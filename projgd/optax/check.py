@@ -15,7 +15,9 @@ from projgd.optax.tree import Constraints, LeafConstraint, is_absent, map_leaves
 from projgd.optax.xla import project_leaf
 
 
-def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3) -> None:
+def check_last(
+    tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3, **extra: Any
+) -> None:
     """Raise an error if the parameters are not in the set after `optax.apply_updates` with the updates of `tx`.
 
     A transformation cannot see what comes after it in a chain. So this takes a few steps that press against the
@@ -26,7 +28,8 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
         tx: the whole optimizer, for instance `optax.chain(optax.adam(1e-3), projection(constraint))`.
         params: the parameters, or others of their structure and shapes.
         constraint: the set that the parameters are to stay in.
-        steps: how many updates to try.
+        steps: how many updates to try in each direction.
+        **extra: what the optimizer's `update` needs besides, such as the `value` of `optax.polyak_sgd`.
 
     Raises:
         ValueError: a parameter ended outside; the message names it. Or a projection stands inside `schedule_free`,
@@ -49,12 +52,12 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     # Steps to the boundary from anywhere in the set are rounded in many ways.
     trials = ((far, outwards), (opposite, backwards), (near, backwards), (params, outwards), (params, backwards))
     for start, towards in trials:
-        _press(tx, start, towards, constraint, steps)
+        _press(tx, start, towards, resolve_at(constraint, start, projection(constraint).init(start)), steps, extra)
 
 
-def _press(tx: optax.GradientTransformation, start: Any, towards: Any, constraint: Constraints, steps: int) -> None:
+def _press(tx: Any, start: Any, towards: Any, leaves: list[LeafConstraint | None], steps: int, extra: Any) -> None:
     """Take steps in a direction from the projection of `start`, and raise an error if one ends outside."""
-    leaves = resolve_at(constraint, start, projection(constraint).init(start))
+    update = optax.with_extra_args_support(tx).update
     weights = _project(start, leaves)
     state = tx.init(weights)
     if any(_find(s.base_optimizer_state, ProjectionState) for s in _find(state, contrib.ScheduleFreeState)):
@@ -63,7 +66,7 @@ def _press(tx: optax.GradientTransformation, start: Any, towards: Any, constrain
             "put it outside, optax.chain(schedule_free(...), projection(...))"
         )
     for step in range(steps):
-        updates, state = tx.update(jax.tree.map(jnp.negative, towards), state, weights)
+        updates, state = update(jax.tree.map(jnp.negative, towards), state, weights, **extra)
         weights = optax.apply_updates(weights, updates)
         inside = jax.tree.leaves(_project(weights, leaves), is_leaf=is_absent)
         for leaf, w, q in zip(leaves, jax.tree.leaves(weights, is_leaf=is_absent), inside, strict=True):

@@ -117,17 +117,18 @@ def make_projection(
         move: what changes a tree of updates; `leaves` are the constraints at this step, see `resolve_at`.
         constraint, split_over: as in `projection`.
     """
-    if not callable(constraint):
+    if not tree.is_schedule(constraint):
         tree.check_constraints(constraint)
 
     def init(params: Any) -> ProjectionState:
         state = ProjectionState(jnp.zeros((), jnp.int32))
         arrays = jax.tree.leaves(params, is_leaf=is_absent)
+        if not arrays:  # `optax.tree_map_params` asks with a placeholder which parts of a state are like parameters
+            sets = jax.tree.leaves(_constraints_at(state.count, constraint))
+            takes = any(isinstance(set_, Constraint) and set_.takes_initial for set_ in sets)
+            return state._replace(initial=jnp.zeros(())) if takes else state
         leaves = resolve_at(constraint, params, state, split_over)
-        initial = [
-            leaf and leaf.constraint.initial(leaf.view(p), leaf.vectors.axes, leaf.name, jnp)
-            for p, leaf in zip(arrays, leaves, strict=True)
-        ]
+        initial = [_take_initial(leaf, p) for p, leaf in zip(arrays, leaves, strict=True)]
         for p, leaf in zip(arrays, leaves, strict=True):
             if leaf and type(leaf.constraint).rounding_interval is Constraint.rounding_interval:
                 leaf.constraint.rounding_interval(p, p, jnp.linalg.norm, jnp)  # raises the error, before any update
@@ -151,7 +152,7 @@ def resolve_at(
     Raises:
         TypeError, ValueError: as `projgd.optax.tree.resolve`.
     """
-    leaves = tree.resolve(constraint(state.count) if callable(constraint) else constraint, params, split_over)
+    leaves = tree.resolve(_constraints_at(state.count, constraint), params, split_over)
     if state.initial is None:
         return leaves
     initial = tree.find_structure(params).flatten_up_to(state.initial)
@@ -159,6 +160,21 @@ def resolve_at(
         leaf if leaf is None or numbers is None else dataclasses.replace(leaf, constraint=leaf.constraint.bind(numbers))
         for leaf, numbers in zip(leaves, initial, strict=True)
     ]
+
+
+def _constraints_at(count: jax.Array, constraint: Constraints | Schedule) -> Constraints:
+    return constraint(count) if tree.is_schedule(constraint) else constraint
+
+
+def _take_initial(leaf: LeafConstraint | None, p: Any) -> Any:
+    """Return what a set takes from an initial parameter; its shape, if the parameter is a `jax.ShapeDtypeStruct`."""
+    if leaf is None:
+        return None
+
+    def take(p: Any) -> Any:
+        return leaf.constraint.initial(leaf.view(p), leaf.vectors.axes, leaf.name, jnp)
+
+    return jax.eval_shape(take, p) if isinstance(p, jax.ShapeDtypeStruct) else take(jnp.asarray(p))
 
 
 def project_update(

@@ -102,6 +102,11 @@ def check_constraints(constraints: Constraints) -> None:
             )
 
 
+def is_schedule(constraints: Constraints | Schedule) -> TypeGuard[Schedule]:
+    """Return whether these are a function of the step. A tree of constraints may be callable, too, as modules are."""
+    return callable(constraints) and not any(isinstance(leaf, Constraint) for leaf in jax.tree.leaves(constraints))
+
+
 def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None = None) -> list[LeafConstraint | None]:
     """Return the constraint of every leaf of `params`, in JAX's order; None where the leaf is free.
 
@@ -153,7 +158,9 @@ def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> L
         vectors = constraint.resolve(shape, "out_last", leaf.name)
     if vectors is None:
         return None
-    float_type(jnp.asarray(leaf.array), leaf.name)
+    float_type(
+        jax.eval_shape(jnp.asarray, leaf.array), leaf.name
+    )  # a ShapeDtypeStruct is no array, a number has no dtype
     return LeafConstraint(leaf.name, constraint, vectors)
 
 
@@ -177,7 +184,7 @@ def map_leaves(
             return free(u)
         if jnp.shape(u) != jnp.shape(p):
             raise ValueError(f"{leaf.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
-        return f(u, p, leaf)
+        return f(jnp.asarray(u), jnp.asarray(p), leaf)  # Python numbers have no dtype
 
     check_structure(updates, params)
     return jax.tree.map(one, updates, params, find_structure(params).unflatten(leaves), is_leaf=is_absent)
