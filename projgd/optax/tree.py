@@ -154,6 +154,15 @@ def check_constraints(constraints: Constraints) -> None:
             )
 
 
+def is_schedule(constraints: Constraints | Schedule) -> TypeGuard[Schedule]:
+    """Return whether these are a function of the step. A tree of constraints may be callable, too, as modules are."""
+    return (
+        constraints is not declared
+        and callable(constraints)
+        and not any(isinstance(leaf, Constraint) for leaf in jax.tree.leaves(constraints))
+    )
+
+
 def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None = None) -> list[LeafConstraint | None]:
     """Return the constraint of every leaf of `params`, in JAX's order; None where the leaf is free.
 
@@ -179,8 +188,10 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
     >>> [leaf and leaf.vectors for leaf in resolve({"*": MaxNorm(4.0)}, params)]
     [None, Vectors(shape=(4, 2), axes=(0,))]
     """
-    if constraints is declared and not (constraints := declared(params)):
-        raise ValueError("no constraint is declared on the parameters: see projgd.optax.constrain, or pass one")
+    if constraints is declared:
+        constraints = declared(params)
+        if not constraints:
+            raise ValueError("no constraint is declared on the parameters: see projgd.optax.constrain, or pass one")
     check_constraints(constraints)
     leaves = find_leaves(params)
     names = [leaf.name for leaf in leaves if leaf]
@@ -248,7 +259,7 @@ def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> L
         return None
     if leaf.layout.guess and axis in ("fan_in", "matrix"):
         _warn_of_guess(leaf, axis)
-    float_type(jnp.asarray(leaf.array), leaf.name)
+    float_type(jax.eval_shape(jnp.asarray, leaf.array), leaf.name)  # a number has no dtype, a shape is no array
     return LeafConstraint(leaf.name, constraint, vectors)
 
 
@@ -272,7 +283,7 @@ def map_leaves(
             return free(u)
         if jnp.shape(u) != jnp.shape(p):
             raise ValueError(f"{leaf.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
-        return f(u, p, leaf)
+        return f(jnp.asarray(u), jnp.asarray(p), leaf)  # Python numbers have no dtype
 
     check_structure(updates, params)
     return jax.tree.map(one, updates, params, find_structure(params).unflatten(leaves), is_leaf=is_absent)

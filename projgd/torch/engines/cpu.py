@@ -194,22 +194,8 @@ class _Prepared:
         return tables.run(grads, None, adam, None if job.metric is None else eps)
 
 
-<<<<<<< Updated upstream
 _EVERY_NORM = [(0.0, math.inf, 1.0, 1.0, 1.0)]
 _Source = tuple[slice, Tensor, Vectors]
-=======
-def _hyperparameters(job: Job) -> tuple[float, ...]:
-    """Return the hyperparameters as `cpu_kernel` reads them; for SGD last the share of a gradient in its momentum."""
-    group = job.group
-    lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
-    if job.inner is SGD:
-        return lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), 1 - float(group["dampening"])
-    kind = float(group.get("decoupled_weight_decay", job.inner is AdamW)), float(group["amsgrad"])
-    return lr, *betas_of(group), float(group["eps"]), decay, sign, *kind
-
-
-_Source = tuple[int, Tensor, Vectors]
->>>>>>> Stashed changes
 
 
 def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[Any], list[Any]]:
