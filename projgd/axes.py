@@ -49,7 +49,7 @@ class Split:
     over: tuple[int, ...]
 
 
-Axis = str | int | tuple[int, ...] | Split | None
+Axis = int | tuple[int, ...] | Split | None | str
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,18 @@ _FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 # `_run_inner` calls the step without it there.
 _BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
 
-_NOT_GIVEN: Any = ...  # None is a value of several settings
+UNSET: Literal["unset"] = "unset"
+"""The default of `c=`, for which None says that there is no bound. Tools that read signatures pass it as it stands."""
+
+_DEFAULTS: dict[str, Any] = {
+    "axis": "fan_in",
+    "constraint": None,
+    "update": None,
+    "gradient": None,
+    "metric": "euclidean",
+}
+_DEFAULTS |= {"without_grad": False}
+
 _made: dict[type[Optimizer], type[Projected]] = {}
 
 
@@ -52,7 +63,7 @@ class Projected(Optimizer):
     Args:
         params: tensors, `(name, tensor)` pairs or param groups, as torch.optim takes them; see also `param_groups`.
         *args, **kwargs: the options of the inner optimizer, such as `lr`.
-        c: the max-norm bound, short for `constraint=MaxNorm(c, axis)`; default None, no bound.
+        c: the max-norm bound, short for `constraint=MaxNorm(c, axis)`; None, as the default `"unset"`, is no bound.
         axis: the axes that make one vector, beside `c`; default `"fan_in"`.
         constraint: the set that is projected onto; default None, which leaves the group free.
         update: how the inner optimizer's update is shaped before the projection; default None, no shaping.
@@ -95,18 +106,20 @@ class Projected(Optimizer):
         self,
         params: Any,
         *args: Any,
-        c: float | Tensor | None = _NOT_GIVEN,
-        axis: Axis = _NOT_GIVEN,
-        constraint: Constraint | None = _NOT_GIVEN,
-        update: Update | None = _NOT_GIVEN,
-        gradient: Literal["tangent"] | None = _NOT_GIVEN,
-        metric: Literal["euclidean", "adaptive"] = _NOT_GIVEN,
-        without_grad: bool = _NOT_GIVEN,
+        c: float | Tensor | Literal["unset"] | None = UNSET,
+        axis: Axis = "fan_in",
+        constraint: Constraint | None = None,
+        update: Update | None = None,
+        gradient: Literal["tangent"] | None = None,
+        metric: Literal["euclidean", "adaptive"] = "euclidean",
+        without_grad: bool = False,
         engine: str | None = None,
         **kwargs: Any,
     ) -> None:
-        given = (c, axis, constraint, update, gradient, metric, without_grad)
-        own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
+        given = zip(_DEFAULTS, (axis, constraint, update, gradient, metric, without_grad), strict=True)
+        own: dict[str, Any] = {k: v for k, v in given if type(v) is not type(_DEFAULTS[k]) or v != _DEFAULTS[k]}
+        if not (isinstance(c, str) and c == UNSET):
+            own["c"] = c
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
         self._has_projected: bool | None = False  # as before the first step; None while a subclass's step runs

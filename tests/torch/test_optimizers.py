@@ -2,6 +2,9 @@
 
 import inspect
 import pickle
+import types
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import projgd.torch
 from projgd import MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, UnitNorm
-from projgd.torch import Projected, ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
+from projgd.torch import (
+    Projected,
+    ProjectedAdam,
+    ProjectedSGD,
+    hyperball,
+    param_groups,
+    project_after_step,
+    projected,
+)
+from projgd.torch.settings import constraint_of
 from tests.torch.common import (
     STOCK,
     THIRD,
@@ -157,6 +169,50 @@ def test_help_shows_what_the_constructor_takes():
     settings = {"c", "axis", "constraint", "update", "gradient", "metric", "without_grad", "engine"}
     assert {"foreach", *settings} < shown.keys()
     assert [*inspect.signature(Whole).parameters] == ["params", "lr", "settings"]
+
+
+def admits(annotation, value):
+    """Whether an annotation admits a value."""
+    origin, of = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(admits(a, value) for a in of)
+    if origin is typing.Literal:
+        return any(type(a) is type(value) and a == value for a in of)
+    if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
+        return True
+    return isinstance(value, type(None) if annotation is None else origin or annotation)
+
+
+def test_every_annotation_admits_its_default():
+    """Tools such as jsonargparse and LightningCLI read signatures, and refuse a default that is not of its type."""
+    for made in [Projected, *(v for k, v in vars(projgd.torch).items() if k in projgd.torch.__all__ and k[0] > "Z")]:
+        of = made.__init__ if made is Projected else made
+        for name, parameter in inspect.signature(of).parameters.items():
+            if parameter.default is not parameter.empty:
+                assert admits(typing.get_type_hints(of)[name], parameter.default), (made, name, parameter)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], None),
+        (["--optimizer.c=0.5", "--optimizer.axis=0"], MaxNorm(0.5, 0)),
+        (["--optimizer.c=0.5", "--optimizer.axis=matrix"], MaxNorm(0.5, "matrix")),
+        (["--optimizer.c=null"], None),
+        (["--optimizer.constraint=projgd.UnitNorm", "--optimizer.constraint.axis=[0, 1]"], UnitNorm((0, 1))),
+    ],
+    ids=str,
+)
+def test_a_command_line_makes_every_class(words, found):
+    """What LightningCLI does with `--optimizer=projgd.torch.ProjectedSGD --optimizer.c=0.5`."""
+    jsonargparse = pytest.importorskip("jsonargparse")
+    for cls in map(projected, STOCK):
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
+        config = parser.parse_args([f"--optimizer=projgd.torch.{cls.__name__}", *words, "--optimizer.engine=reference"])
+        made = parser.instantiate(config).optimizer([weight()])
+        assert type(made) is cls
+        assert constraint_of(made.param_groups[0]) == found
 
 
 def test_defaults_have_the_settings():
