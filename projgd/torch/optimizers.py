@@ -7,9 +7,12 @@ A step adopts changed settings (only if a group has changed), runs the inner opt
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import inspect
+import io
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
@@ -26,10 +29,6 @@ from projgd.torch.engines.rows import forget_written_tables
 from projgd.torch.radii import KEY, Radii
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
-
-# Schedulers, loggers and layer-wise decay keep these keys in a group, so they are not misspelt options.
-_FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "swa_lr", "min_lr", "max_lr", "lr_scale"}
-_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 
 # This decorator sets the grad mode around the steps of torch.optim. It breaks a compiled graph on purpose, so
 # `_run_inner` calls the step without it there.
@@ -142,8 +141,8 @@ class Projected(Optimizer):
                 `gradient`, `metric` and `without_grad`.
 
         Raises:
-            TypeError, ValueError: a setting that `projgd` or the optimizer cannot apply, or an unknown key. The group
-                is not added then.
+            TypeError, ValueError: a setting that `projgd` or the optimizer cannot apply, or an unknown key with nearly
+                the name of a setting. The group is not added then.
 
         >>> layer = torch.nn.Linear(3, 2)
         >>> opt = projected(torch.optim.SGD)([layer.weight], lr=0.1, c=4.0)
@@ -153,13 +152,9 @@ class Projected(Optimizer):
         """
         group = dict(param_group)
         group["params"] = as_list(group["params"])
-        known = {*settings.KEYS, *self.defaults, *_FOREIGN_KEYS}
-        # An optimizer without defaults keeps all its options in its groups, so no key can be called unknown.
-        if self.defaults.keys() - settings.KEYS and (unknown := sorted(set(group) - known)):
-            near = _suggest(unknown[0], known)
-            raise ValueError(
-                f"a param group has the unknown key {unknown[0]!r}{near}; known are {', '.join(sorted(known))}"
-            )
+        for key in group.keys() - {*settings.KEYS, *self.defaults}:  # loggers and optimizers keep others there
+            if near := _suggest(key, settings.KEYS, cutoff=0.75):
+                raise ValueError(f"a param group has the unknown key {key!r}{near}")
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
         named = settings.named_params(group, len(self.param_groups))
@@ -404,6 +399,8 @@ class Projected(Optimizer):
         self._adopt_changes()
         self._radii.store()
         state = super().state_dict()
+        if "param_groups" not in state:  # some optimizers around another one save in a form of their own
+            return state
         groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
         if any(KEY in s for s in of_param.values() if isinstance(s, dict)):
             # torch.distributed.checkpoint takes a state of all parameters or of none
@@ -428,29 +425,58 @@ class Projected(Optimizer):
         >>> opt.param_groups[0]["lr"], opt.param_groups[0]["c"]
         (0.5, 4.0)
         """
+        if "param_groups" not in state_dict:
+            super().load_state_dict(state_dict)
+            return
         self._adopt_changes()
         waiting = {p: r for p in _all_params(self.param_groups) if (r := self._radii.get(p)) is not None}
-        saved = state_dict["param_groups"]
-        if len(saved) == len(self.param_groups):  # otherwise torch refuses
-            plain, saved = saved, [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
-            for i, (s, group, present) in enumerate(zip(plain, saved, self.param_groups, strict=True)):
-                if settings.changed_keys(group, present):
-                    self._check({**group, "params": present["params"]}, settings.named_params(present, i))
-                for k in group["params"]:
-                    metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
+        saved: list[dict[str, Any]] = []
+        initial: dict[int, Tensor] = {}
+
+        def read(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            saved.extend(self._read_groups(state_dict))
+            for i, s in state_dict["state"].items():
+                if isinstance(s, dict) and KEY in s:
+                    initial[i] = s[KEY]  # torch would round it to p.dtype
+            for s, present in zip(state_dict["param_groups"], self.param_groups, strict=False):
                 if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights
                     for p in present["params"]:
                         waiting.pop(p, None)
-        of_param = {i: dict(s) for i, s in state_dict["state"].items()}
-        initial = {i: s.pop(KEY) for i, s in of_param.items() if KEY in s}  # torch would round them to p.dtype
-        of_param = {i: s for i, s in of_param.items() if s}
-        super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
-        self._radii.replace(waiting)
-        self._router.clear()
-        for index, p in zip(_all_params(saved), _all_params(self.param_groups), strict=True):
-            if index in initial:
-                self.state[p][KEY] = initial[index].to(p.device, copy=True)
-        self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
+            own = {i: {k: v for k, v in state_dict["state"][i].items() if k != KEY} for i in initial}
+            of_param = {i: s for i, s in {**state_dict["state"], **own}.items() if i not in own or s}
+            return {**state_dict, "state": of_param, "param_groups": saved}
+
+        def finish(_: Optimizer) -> None:
+            self._radii.replace(waiting)
+            self._router.clear()
+            for index, p in zip(_all_params(saved), _all_params(self.param_groups), strict=True):
+                if index in initial:
+                    self.state[p][KEY] = initial[index].to(p.device, copy=True)
+            self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
+
+        # The user's hooks adapt a state before `read`, and see the loaded one after `finish`.
+        handles = [
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _read_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the groups of a checkpoint with the settings as objects, checked."""
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            return list(saved)  # torch refuses them
+        groups = [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
+        for i, (group, present) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if settings.changed_keys(group, present):
+                self._check({**group, "params": present["params"]}, settings.named_params(present, i))
+            for k in group["params"]:
+                metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
+        return groups
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what torch keeps, and the attributes that the inner class's constructor set.
@@ -459,7 +485,7 @@ class Projected(Optimizer):
         """
         self._adopt_changes()
         self._radii.store()
-        made_with = {k: vars(self)[k] for k in self._made_with}
+        made_with = {k: v if _can_be_pickled(v) else _Local(v) for k in self._made_with for v in [vars(self)[k]]}
         return {**super().__getstate__(), **made_with, "_made_with": self._made_with}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -519,6 +545,34 @@ def _make_blank(cls: type[Optimizer]) -> Projected:
     return made.__new__(made)
 
 
+class _Local:
+    """Hold a value that cannot be pickled, such as a lambda: a deep copy has the value, and a pickle has None."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.value, memo)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class _Probe(pickle.Pickler):
+    """Pickle without the tensors and the optimizer that a value holds."""
+
+    def persistent_id(self, x: Any) -> Any:
+        return "" if isinstance(x, (Tensor, Optimizer)) else None
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        _Probe(io.BytesIO()).dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
+
+
 def _all_params(groups: Iterable[dict[str, Any]]) -> list[Any]:
     """Return the parameters of all groups in one list."""
     return [p for group in groups for p in group["params"]]
@@ -543,10 +597,10 @@ def _tensors(params: Any) -> list[Any]:
     return [t for p in params for t in _tensors(p)] if isinstance(params, list) else [params]
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
+def _suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a question that names the known word nearest to `word`; an empty string if none is near."""
-    near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near and abs(len(word) - len(near[0])) < 5 else ""
 
 
 def _signature(cls: type[Projected]) -> inspect.Signature:
