@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from projgd.torch import metrics
-from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike
+from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, has_numbers, is_alike
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -114,7 +114,7 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
         ValueError: the engine that the user names refuses the parameter.
     """
     refusals: dict[str, str] = {}
-    is_free = job.vectors(p) is None
+    is_free = not has_numbers(p) or job.vectors(p) is None
     for engine in ENGINES:
         if (is_free and not engine.steps) or (job.forced not in (None, engine.name)):
             continue

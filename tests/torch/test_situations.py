@@ -5,11 +5,13 @@ states that are the optimizer's own. Each is beside a usual weight, which has to
 """
 
 import copy
+import functools
 import itertools
 import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from projgd import (
     Box,
@@ -198,3 +200,47 @@ def test_a_class_with_a_lambda_is_pickled_without_it_and_copied_with_it():
     assert torch.equal(p, params[0])
     assert again.of_step is None
     assert copy.deepcopy(optimizer).of_step(4) == 2
+
+
+# ------------------------------------------------------------------------------------------------- without entries
+
+
+EMPTY = (0, 3), (3, 0), (2, 0, 3), (0,)
+
+
+def test_parameters_without_entries(form):
+    for constraint, shaping, metric in cases(form):
+        plain, params = random((4, 3)), random((4, 3), *EMPTY)
+        alone = make(form, plain, constraint, shaping, metric)
+        groups = [{"params": [p]} for p in params] if constraint == MaxNorm(0.5) else params
+        beside = make(form, groups, constraint, shaping, metric)
+        for k in range(2):
+            give_gradients(plain, k)
+            give_gradients(params, k)
+            alone.step()
+            beside.step()
+            assert torch.equal(plain[0], params[0]), (constraint, shaping, metric)
+        if form != "hook":
+            beside.routes()
+            beside.load_state_dict(copy.deepcopy(beside.state_dict()))
+
+
+# ------------------------------------------------------------------------------------------------ fake and meta tensors
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, functools.partial(torch.device, "meta")], ids=["fake", "meta"])
+def test_a_step_of_tensors_without_memory(form, mode):
+    """How people estimate memory. Nothing is projected or shaped, because there are no numbers."""
+    for constraint, shaping, metric in cases(form):
+        with mode() as made:
+            if form.startswith("fused") and isinstance(made, torch.device):
+                return  # torch refuses it
+            params = [torch.nn.Parameter(torch.ones(s)) for s in [(4, 3), (2, 3, 2), (3,)]]
+            optimizer = make(form, params, constraint, shaping, metric)
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+            if form != "hook":
+                assert {choice.engine for choice in optimizer.routes().values()} == {"free"}
+                optimizer.state_dict()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from projgd.axes import Vectors
@@ -24,6 +25,12 @@ from projgd.torch.metrics import Metric
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
+
+
+def has_numbers(p: Tensor) -> bool:
+    """Return whether a tensor has numbers to project: it has entries, and is no meta or fake tensor without memory."""
+    return p.numel() > 0 and not p.is_meta and not isinstance(p, FakeTensor)
+
 
 _address, _stride = Tensor.data_ptr, Tensor.stride
 
