@@ -231,7 +231,7 @@ class Projected(Optimizer):
         found = routing.Routes()
         grad_enabled = bool(self.defaults.get("differentiable"))
         with torch.set_grad_enabled(grad_enabled):
-            for i, job in enumerate(self._jobs({}, compiled)):
+            for i, job in enumerate(routing.mark_shared(self._jobs({}, compiled))):
                 for name, p in settings.named_params(job.group, i).items():
                     engine, refusals = routing.choose(job, p, may_step)
                     found[name] = routing.Choice(engine.name if engine else routing.FREE, refusals)

@@ -51,6 +51,8 @@ class Job:
         forced: the name of the engine that the user names; None for the best one.
         compiled: whether torch.compile traces the step.
         params: the parameters of the job: those of the group, or some of them.
+        shared: the ids of parameters that share memory with another one. Each of them is projected by itself, after all
+            have been updated.
     """
 
     optimizer: Optimizer
@@ -63,6 +65,7 @@ class Job:
     forced: str | None = None
     compiled: bool = False
     params: Sequence[Tensor] = ()
+    shared: frozenset[int] = frozenset()
     _gradients: dict[int, list[Any]] = field(default_factory=dict, repr=False)
 
     def gradients(self, params: Sequence[Tensor]) -> list[Any]:
@@ -189,6 +192,7 @@ def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
     yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
     yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
+    yield id(p) in job.shared, "the parameter shares memory with another one"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
     state, names = job.optimizer.state.get(p, {}), state_names(job)
     found = {k: state[k] for k in names if state.get(k) is not None}
