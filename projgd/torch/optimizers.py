@@ -7,13 +7,14 @@ A step adopts changed settings (only if a group has changed), runs the inner opt
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
 import inspect
 import io
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -24,7 +25,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from projgd.axes import Axis
 from projgd.constraints import Constraint
 from projgd.torch import metrics, routing, settings, shaping
-from projgd.torch.engines.base import Job
+from projgd.torch.engines.base import PLAIN, Job
 from projgd.torch.engines.rows import forget_written_tables
 from projgd.torch.radii import KEY, Radii
 from projgd.torch.settings import Snapshot
@@ -85,6 +86,8 @@ class Projected(Optimizer):
 
     inner: ClassVar[type[Optimizer]]
     __signature__: ClassVar[inspect.Signature]  # help() shows this one
+    _is_stepping = True  # as while the constructor runs; `_watch` then watches nothing
+    _moved_by: str | None = None  # the method that has moved the weights since the last projection, see `_watch`
     _seen: tuple[Snapshot, ...] = ()  # a group that still equals its snapshot needs no check
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -100,6 +103,11 @@ class Projected(Optimizer):
         step: Any = _unwrap_step(cls.step)
         if step is not Projected.step and not hasattr(step, "projects"):
             cls.step = _project_after(step)  # type: ignore[method-assign]
+        for name in dir(cls.inner):
+            method = inspect.getattr_static(cls, name)
+            is_inner = inspect.isfunction(method) and method is inspect.getattr_static(cls.inner, name)
+            if is_inner and not (name.startswith("_") or hasattr(Optimizer, name) or name in ("train", "eval")):
+                setattr(cls, name, _watch(method))
 
     def __init__(
         self,
@@ -131,6 +139,7 @@ class Projected(Optimizer):
         self.defaults = {**self.defaults, **own}
         settings.refuse_lone_axis(own, self.param_groups)
         self._refuse_other_tensors(params)
+        self._is_stepping = False
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -246,7 +255,8 @@ class Projected(Optimizer):
         def call(closure: Callable[[], Any] | None) -> Any:
             given = (optimizer, closure, *args) if args or closure is not None else (optimizer,)
             if not breaks_graphs:
-                return inner(*given, **kwargs)
+                with _stepping(optimizer):
+                    return inner(*given, **kwargs)
             with torch.set_grad_enabled(differentiable):
                 return inner.__wrapped__(*given, **kwargs)
 
@@ -265,7 +275,7 @@ class Projected(Optimizer):
         """Run the engines that only project."""
         self._radii.note_step()
         routing.run_projecting(work)
-        self._has_projected = True
+        self._has_projected, self._moved_by = True, None
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
         jobs = self._jobs(kept, compiled := torch.compiler.is_compiling())
@@ -629,7 +639,8 @@ def _project_after(step: Any) -> Any:
         groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
         versions = [p._version for p in _all_params(groups)]
         self._has_projected = None
-        loss = step(self, *args, **kwargs)
+        with _stepping(self):
+            loss = step(self, *args, **kwargs)
         if not self._has_projected:
             if [p._version for p in _all_params(groups)] != versions:
                 raise RuntimeError(
@@ -641,3 +652,52 @@ def _project_after(step: Any) -> Any:
 
     stepped.projects = True  # type: ignore[attr-defined]
     return stepped
+
+
+@contextlib.contextmanager
+def _stepping(optimizer: Any) -> Iterator[None]:
+    """Let the methods that a step calls move the weights."""
+    was, optimizer._is_stepping = optimizer._is_stepping, True
+    try:
+        yield
+    finally:
+        optimizer._is_stepping = was
+
+
+def _watch(method: Any) -> Any:
+    """Return a method of the inner class that raises an error if the weights are moved by methods instead of steps.
+
+    One move without a projection may be a perturbation, or an average for evaluation. The second, such as that of
+    `second_step` of SAM, shows that no step follows.
+    """
+
+    @functools.wraps(method)
+    def watched(self: Projected, *args: Any, **kwargs: Any) -> Any:
+        if self._is_stepping:
+            return method(self, *args, **kwargs)
+        held = [g for g in self.param_groups if g.get("c") is not None or g.get("constraint") is not None]
+        was, before = (self._has_projected, self._moved_by), [_place(p) for p in _all_params(held)]
+        self._has_projected = None
+        try:
+            result = method(self, *args, **kwargs)
+        finally:
+            has_projected = self._has_projected
+            self._has_projected = has_projected or was[0]
+        if has_projected or [_place(p) for p in _all_params(held)] == before:
+            return result
+        if was[1] is not None:
+            inner, call = self.inner.__name__, f"{was[1]}() and {method.__name__}()"
+            raise RuntimeError(
+                f"{call} of {inner} have moved the weights, and no step() has projected them: call step(closure) "
+                f"instead, or make {inner} itself and project after the optimizer inside it, as in "
+                "project_after_step(optimizer.base_optimizer, MaxNorm(4.0))"
+            )
+        self._moved_by = method.__name__
+        return result
+
+    return watched
+
+
+def _place(p: Tensor) -> tuple[int, int]:
+    """Return what changes if a parameter is written or gets other memory."""
+    return p._version, p.data_ptr() if type(p) in PLAIN else 0
