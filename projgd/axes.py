@@ -75,7 +75,7 @@ class Stacked:
     count: int = 1
 
 
-Axis = str | int | tuple[int, ...] | Split | Stacked | None
+Axis = int | tuple[int, ...] | Split | Stacked | None | str
 
 
 @dataclass(frozen=True)

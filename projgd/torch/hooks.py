@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,9 @@ def project_after_step(
         ValueError: a rule that matches or holds nothing, an axis that a parameter does not have, rules without names,
             or `Sphere("initial")`, whose radii only a `Projected` optimizer can keep.
 
+    Warns:
+        UserWarning: an optimizer with a `second_step`, as SAM has it, which may never call `step`.
+
     >>> from projgd import MaxNorm
     >>> layer = torch.nn.Linear(3, 2)
     >>> opt = torch.optim.SGD(layer.parameters(), lr=10.0)
@@ -62,6 +66,12 @@ def project_after_step(
         raise TypeError(
             f"project_after_step() takes a torch.optim.Optimizer, not {type(optimizer).__name__}; "
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
+        )
+    if callable(getattr(optimizer, "second_step", None)):
+        warnings.warn(
+            f"only step() of {type(optimizer).__name__} is followed by the projection, not second_step(): for the form "
+            "in two steps pass the optimizer inside it, such as optimizer.base_optimizer",
+            stacklevel=2,
         )
     chosen = _choose(optimizer, constraint, model)
     seen: list[list[int]] = []  # empty, so that the first step checks again: the model may be wrapped before it

@@ -236,9 +236,12 @@ def test_settings_that_disagree_with_the_constructors_are_errors():
     for group in (
         {**optimizer.param_groups[0], "params": [weight()], "constraint": MaxNorm(1.0)},
         {"params": [("weight", weight())], "c": 3.0, "axis": 2},
-        {"params": [weight()], "lr_": 1.0},
+        {"params": [weight()], "metrics": 1.0},
     ):
-        with pytest.raises(ValueError, match=r"disagree|axis 2 is out of range for weight with|unknown key 'lr_'"):
+        with pytest.raises(
+            ValueError,
+            match=r"disagree|axis 2 is out of range for weight with|key 'metrics': did you mean",
+        ):
             optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
 

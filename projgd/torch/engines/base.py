@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from projgd.axes import Vectors
@@ -25,6 +26,12 @@ from projgd.updates import Update
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
+
+
+def has_numbers(p: Tensor) -> bool:
+    """Return whether a tensor has numbers to project: it has entries, and is no meta or fake tensor without memory."""
+    return p.numel() > 0 and not p.is_meta and not isinstance(p, FakeTensor)
+
 
 _address, _stride = Tensor.data_ptr, Tensor.stride
 
@@ -45,6 +52,8 @@ class Job:
         forced: the name of the engine that the user names; None for the best one.
         compiled: whether torch.compile traces the step.
         params: the parameters of the job: those of the group, or some of them.
+        shared: the ids of parameters that share memory with another one. Each of them is projected by itself, after all
+            have been updated.
     """
 
     optimizer: Optimizer
@@ -57,6 +66,7 @@ class Job:
     forced: str | None = None
     compiled: bool = False
     params: Sequence[Tensor] = ()
+    shared: frozenset[int] = frozenset()
     _gradients: dict[int, list[Any]] = field(default_factory=dict, repr=False)
 
     def gradients(self, params: Sequence[Tensor]) -> list[Any]:
@@ -188,6 +198,7 @@ def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
     yield job.group.get("gradient") is not None, "it takes the gradient as it comes"
     yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
+    yield id(p) in job.shared, "the parameter shares memory with another one"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
     state, names = job.optimizer.state.get(p, {}), state_names(job)
     found = {k: state[k] for k in names if state.get(k) is not None}
