@@ -196,13 +196,15 @@ def interval_band(kind: FloatType, vectors: Vectors, low: float, high: float, pu
         ValueError: a bound that is too small for the arithmetic.
     """
     error, coarse = guard(kind, vectors), math.sqrt(vectors.length) * kind.tiny
-    ball = ball_band(kind, vectors, high)
+    ball = dataclasses.replace(ball_band(kind, vectors, high), pull=pull)
+    if pull != 1 and ball.filled is not None:  # what is pulled need not end inside, so entries are rounded to nearest
+        ball = dataclasses.replace(ball, down=ball.filled, filled=None, inner=None)
     if low == 0:
-        return dataclasses.replace(ball, pull=pull)
+        return ball
     check_radius(low, kind, "low")
     up = (low * (1 + 3 * error) + coarse) * (1 + kind.unit)
     if low * (1 + error) < up < ball.down:
-        return dataclasses.replace(ball, low=low * (1 + error), up=up, pull=pull)
+        return dataclasses.replace(ball, low=low * (1 + error), up=up)
     return dataclasses.replace(sphere_band(kind, vectors, (low + high) / 2), pull=pull)
 
 
