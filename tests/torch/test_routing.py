@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from projgd import Box, MaxNorm, MinMaxNorm, UnitNorm
-from projgd.torch import ProjectedAdam, ProjectedSGD, ProjectedSparseAdam, project_after_step, routing
+from projgd.torch import ProjectedAdam, ProjectedRMSprop, ProjectedSGD, ProjectedSparseAdam, project_after_step, routing
 
 
 @pytest.fixture
@@ -93,6 +93,14 @@ def test_a_refusal_is_a_sentence_that_says_why():
     assert str(choice).startswith("eager (cpu: fused=True was not passed")
     assert optimizer.routes()["0.bias"].engine == "free"
     assert ProjectedSGD(model(), lr=0.1, c=None).routes()["0.weight"].engine == "free"
+
+
+def test_a_reason_that_the_user_can_do_something_about_comes_last():
+    routes = ProjectedRMSprop(model(), lr=0.1, c=1.0).routes()
+    assert "not RMSprop" in str(routes["0.weight"])
+    assert "float32, not bfloat16" in str(ProjectedSGD(model(), lr=0.1, c=1.0).routes()["2.weight"])
+    with pytest.raises(ValueError, match='pass metric="adaptive"'):
+        ProjectedAdam(model(), c=1.0, engine="diagonal")
 
 
 def test_routes_are_made_anew_only_where_something_changed(monkeypatch):

@@ -177,11 +177,12 @@ STEPPED = (SGD, Adam, AdamW)
 
 def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield what keeps any engine from stepping a parameter, each with a sentence for the user."""
-    yield not job.group.get("fused"), "fused=True was not passed"
-    yield job.compiled, "torch.compile makes a graph of its own"
     yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
     yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
     yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
+    yield job.compiled, "torch.compile makes a graph of its own"
+    yield not job.group.get("fused"), "fused=True was not passed"
+    yield p.grad is not None and p.grad.layout != torch.strided, "the gradient is sparse"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
     state, names = job.optimizer.state.get(p, {}), state_names(job)
     found = {k: state[k] for k in names if state.get(k) is not None}

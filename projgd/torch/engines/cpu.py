@@ -105,13 +105,13 @@ class Cpu(Engine):
 def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield pairs: whether the engine refuses a parameter for some reason, and the reason for the user."""
     yield p.device.type != "cpu", ""
+    yield p.dtype != torch.float32, f"it takes float32, not {str(p.dtype).removeprefix('torch.')}"
     yield from reasons_not_to_step(job, p)
     yield any(job.group.get(k) for k in ("capturable", "differentiable")), "no graph can record its step"
     known = job.metric is None or (isinstance(job.metric, OfStep) and job.metric.diagonal.entrywise)
     yield not known, "it knows no other metric than √v + ε"
     yield not _is_installed(), 'numba is not installed: pip install "projgd[fast]"'
     yield _forked, "this process was forked from one in which numba's threads had been at work"
-    yield p.dtype != torch.float32, f"it takes float32, not {str(p.dtype).removeprefix('torch.')}"
     yield not is_alike(p, p), "the parameter is not a dense tensor"
     vectors = job.vectors(p)
     yield rows_in_memory(p, vectors) is None, "the vectors do not lie in memory one after the other"

@@ -303,7 +303,7 @@ def refusals():
     yield job_for(p, constraint=MaxNorm(1.0, 0)), "one after the other"
     yield job_for(p, constraint=Box(-1.0, 1.0)), "not a set of norms"
     yield job_for(with_gradient(torch.ones(3, 4).t())), "gradient"
-    yield job_for(with_gradient(torch.ones(4, 3).to_sparse())), "gradient"
+    yield job_for(with_gradient(torch.ones(4, 3).to_sparse())), "gradient is sparse"
     moments = {"exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}
     yield with_state(**moments), "only exp_avg, exp_avg_sq"
     yield with_state(**moments, step=torch.tensor(1.0, dtype=torch.float64)), "step count"
