@@ -187,6 +187,9 @@ class Projected(Optimizer):
             forget_written_tables()
         if not may_step:
             kept = metrics.before_step(self, self.inner)
+            if self._engine is not None and not compiled:  # its refusal must come before the step moves anything
+                with self._grad_mode():
+                    self._routes({}, may_step=False)
             loss = self._run_inner(self, closure, *args, **kwargs)
             self._project(kept)
             return loss
@@ -221,8 +224,7 @@ class Projected(Optimizer):
         self._adopt_changes()
         may_step = not compiled and routing.may_step(self.inner, self.param_groups)
         found = routing.Routes()
-        grad_enabled = bool(self.defaults.get("differentiable"))
-        with torch.set_grad_enabled(grad_enabled):
+        with self._grad_mode():
             for i, job in enumerate(self._jobs({}, compiled)):
                 for name, p in settings.named_params(job.group, i).items():
                     engine, refusals = routing.choose(job, p, may_step)
@@ -248,9 +250,13 @@ class Projected(Optimizer):
         spare = {} if torch.compiler.is_compiling() else self._copies
         return shaping.step(self.inner, optimizer.param_groups, spare, call, closure)
 
+    def _grad_mode(self) -> torch.set_grad_enabled:
+        """Return a context in which autograd follows the projection if it follows the step."""
+        return torch.set_grad_enabled(bool(self.defaults.get("differentiable")))
+
     def _project(self, kept: Mapping[Tensor, dict[str, Any]]) -> None:
         """Project the parameters after a step of the inner optimizer."""
-        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+        with self._grad_mode():
             self._run(self._routes(kept, may_step=False))
 
     def _run(self, work: Iterable[tuple[Job, routing.Route]]) -> None:
@@ -327,6 +333,7 @@ class Projected(Optimizer):
         else:
             own, was = settings.adopt(group, seen.settings), settings.constraint_of(seen.settings)
             only_c = settings.changed_keys(group, seen.settings) == {"c"} and seen.has_params(group["params"])
+            only_c = only_c and seen.options == settings.options_of(group)
         now = {**group, **own}
         constraint = settings.constraint_of(now)
         moves = only_c and None not in (was, constraint)
@@ -421,8 +428,8 @@ class Projected(Optimizer):
         if len(saved) == len(self.param_groups):  # otherwise torch refuses
             plain, saved = saved, [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
             for i, (s, group, present) in enumerate(zip(plain, saved, self.param_groups, strict=True)):
-                if settings.changed_keys(group, present):
-                    self._check({**group, "params": present["params"]}, settings.named_params(present, i))
+                if settings.changed_keys(group, present) or settings.options_of(group) != settings.options_of(present):
+                    self._check({**present, **group, "params": present["params"]}, settings.named_params(present, i))
                 for k in group["params"]:
                     metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
                 if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from projgd.torch import metrics
-from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike
+from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike, reason_of_states
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -24,7 +24,7 @@ from projgd.torch.engines.ranks import Ranks
 from projgd.torch.engines.reference import Reference
 from projgd.torch.engines.rows import Rows
 from projgd.torch.engines.triton import Triton
-from projgd.torch.settings import constraint_of
+from projgd.torch.settings import constraint_of, named_params
 from projgd.torch.shaping import take_initial
 
 WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
@@ -127,9 +127,17 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
             refusals[engine.name] = reason
     if job.forced is not None and not is_free:
         raise ValueError(
-            f"engine={job.forced!r} cannot take a parameter of shape {tuple(p.shape)}: {reason or OTHERWISE}"
+            f"{_name_of(job, p)}: engine={job.forced!r} cannot take a parameter of shape {tuple(p.shape)}: "
+            f"{reason or OTHERWISE}"
         )
     return None, refusals
+
+
+def _name_of(job: Job, p: Tensor) -> str:
+    """Return the name of a parameter of a job, as `settings.named_params` does."""
+    groups = [group["params"] for group in job.optimizer.param_groups]
+    index = next((i for i, params in enumerate(groups) if params is job.group["params"]), len(groups))
+    return next(name for name, q in named_params(job.group, index).items() if q is p)
 
 
 def make_routes(job: Job, may_step: bool) -> list[Route]:
@@ -269,12 +277,9 @@ def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[
     radii = take_initial(constraint, named)
     metric = metrics.after_step(optimizer, inner, group, {})
     job = Job(optimizer, inner, group, constraint, metric, radii, forced=engine)
-    with torch.no_grad():
-        for name, p in named.items():
-            try:
-                choose(job, p, may_step=True)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+        for p in named.values():
+            choose(job, p, may_step=True)
 
 
 class Router:
@@ -315,23 +320,27 @@ class _KnownRoutes:
         situation: whether an engine may step, and whether a GradScaler scales.
         others: the parameters without an engine, which may get one together with a new gradient.
         forms: the forms of their gradients.
+        held_up: the parameters whose states keep an engine from stepping them; what only projects does not read states.
     """
 
     routes: list[Route]
     situation: tuple[bool, bool]
     others: list[Tensor]
     forms: list[Any]
+    held_up: list[Tensor]
 
     @classmethod
     def of(cls, job: Job, may_step: bool) -> _KnownRoutes:
         routes = make_routes(job, may_step)
         taken = {id(p) for route in routes for p in route.params}
         others = [p for p in job.params if id(p) not in taken and (may_step or p.grad is None)]
-        return cls(routes, (may_step, job.skip is None), others, form_of_gradients(job.gradients(others)))
+        held_up = [p for p in job.params if may_step and reason_of_states(job, p)]
+        return cls(routes, (may_step, job.skip is None), others, form_of_gradients(job.gradients(others)), held_up)
 
     def is_valid(self, job: Job, may_step: bool) -> bool:
         return (
             (may_step, job.skip is None) == self.situation
             and form_of_gradients(job.gradients(self.others)) == self.forms
+            and all(reason_of_states(job, p) for p in self.held_up)
             and all((now := r.engine.memory(job, r.params)) is not None and now == r.memory for r in self.routes)
         )

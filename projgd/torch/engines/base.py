@@ -184,13 +184,21 @@ def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     yield not job.group.get("fused"), "fused=True was not passed"
     yield p.grad is not None and p.grad.layout != torch.strided, "the gradient is sparse"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
+    reason = reason_of_states(job, p)
+    yield bool(reason), reason
+
+
+def reason_of_states(job: Job, p: Tensor) -> str:
+    """Return why no engine can step a parameter with the states that it has; an empty string if one can."""
     state, names = job.optimizer.state.get(p, {}), state_names(job)
     found = {k: state[k] for k in names if state.get(k) is not None}
-    yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
+    if len(found) not in (0, len(names)):
+        return f"the optimizer's state has only {', '.join(found)}"
     count = found.pop("step", None)
     is_usual = isinstance(count, Tensor) and (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
-    yield count is not None and not is_usual, "the step count is not a float32 tensor, as that of fused=True is"
-    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
+    if count is not None and not is_usual:
+        return "the step count is not a float32 tensor, as that of fused=True is"
+    return "" if all(is_alike(t, p) for t in found.values()) else "a state does not lie in memory as the parameter does"
 
 
 def state_names(job: Job) -> list[str]:
