@@ -208,6 +208,14 @@ def state_names(job: Job) -> list[str]:
     return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
 
 
+def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return Adam's betas as floats; raise ValueError for another number of them."""
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas={group['betas']!r}: pass two numbers, such as (0.9, 0.999)")
+    first, second = group["betas"]
+    return float(first), float(second)
+
+
 def add_missing_states(job: Job, p: Tensor) -> None:
     """Add the states that the optimizer would make; a momentum of -0.0, to which the first gradient adds exactly."""
     state, count = job.optimizer.state[p], torch.empty((), dtype=torch.float32, device=p.device)

@@ -164,6 +164,40 @@ def test_what_is_changed_between_steps_is_noticed(fused, options, change):
 
 
 @NEEDS_NUMBA
+@pytest.mark.parametrize(
+    ("cls", "broken"),
+    [
+        (ProjectedSGD, {"lr": None}),
+        (ProjectedSGD, {"momentum": "a"}),
+        (ProjectedSGD, {"dampening": "a"}),
+        (ProjectedAdam, {"betas": (0.9,)}),
+    ],
+    ids=str,
+)
+def test_a_first_step_that_fails_leaves_no_state(cls, broken):
+    found = []
+    for fails in (False, True):
+        (p,) = random((4, 3))
+        options = {"momentum": 0.9, "dampening": 0.5} if cls is ProjectedSGD else {}
+        optimizer = cls([p], lr=0.1, c=1.0, fused=True, **options)
+        group = optimizer.param_groups[0]
+        if fails:
+            whole = {k: group[k] for k in broken}
+            group.update(broken)
+            give_gradients([p], 0)
+            with pytest.raises((TypeError, ValueError), match="betas=" if "betas" in broken else None):
+                optimizer.step()
+            group.update(whole, c=2.0)
+            assert not optimizer.state[p]
+        for i in range(2):
+            give_gradients([p], i)
+            group["c"] = 1.0 + i
+            optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+@NEEDS_NUMBA
 def test_a_parameter_whose_gradient_comes_later_is_stepped_by_the_engine_from_then_on():
     a, b = random((8, 8), (8, 8))
     optimizer = ProjectedSGD([("a", a), ("b", b)], lr=0.1, c=1.0, fused=True)
