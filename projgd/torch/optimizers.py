@@ -199,8 +199,8 @@ class Projected(Optimizer):
                 loss = closure()
         with torch.no_grad():
             work = self._routes({}, may_step=True)
-            if rest := routing.run_stepping(work, self):
-                self._run_inner(rest, None)
+            if rest := routing.rest_of(work, self):
+                self._run_inner(rest, None)  # first, because torch may refuse a parameter
             self._run(work)
         return loss
 
@@ -260,9 +260,9 @@ class Projected(Optimizer):
             self._run(self._routes(kept, may_step=False))
 
     def _run(self, work: Iterable[tuple[Job, routing.Route]]) -> None:
-        """Run the engines that only project."""
+        """Run the engines."""
         self._radii.note_step()
-        routing.run_projecting(work)
+        routing.run(work)
         self._has_projected = True
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:

@@ -183,7 +183,7 @@ class _Prepared:
 
 
 def _hyperparameters(job: Job) -> tuple[float, ...]:
-    """Return the hyperparameters as `cpu_kernel` reads them, and for SGD the share of a new gradient in its momentum."""
+    """Return the hyperparameters as `cpu_kernel` reads them; for SGD last the share of a gradient in its momentum."""
     group = job.group
     lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
     if job.inner is SGD:

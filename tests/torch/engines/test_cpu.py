@@ -299,6 +299,66 @@ def test_a_step_that_gradscaler_skips_changes_nothing_and_momentum_starts_later(
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)  # as torch's own fused step leaves it
 
 
+@NEEDS_NUMBA
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("is_unscaled", [False, True])
+def test_what_the_engine_does_not_take_steps_under_gradscaler_as_without(is_unscaled, skips):
+    """torch's fused kernel is wrong in bfloat16, and reads a transposed gradient row by row."""
+    start = [torch.randn(6, 6, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    ours, plain = ([torch.nn.Parameter(x.clone()) for x in (*start, start[0].bfloat16())] for _ in range(2))
+    optimizer = ProjectedSGD(ours, lr=0.1, momentum=0.9, c=1e6, fused=True)
+    stock = torch.optim.SGD(plain, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for i in range(3):
+        for k, (p, q) in enumerate(zip(ours, plain, strict=True)):
+            q.grad = torch.randn(6, 6, generator=torch.Generator().manual_seed(9 * i + k)).to(p.dtype)
+            p.grad = 8 * q.grad
+        ours[1].grad = ours[1].grad.t().contiguous().t()
+        if skips and i == 1:
+            ours[0].grad[0, 0] = math.inf
+        else:
+            stock.step()
+        if is_unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(8.0)
+        assert ours[1].grad.equal(plain[1].grad) or (skips and i == 1)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=0 if p.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@FUSED
+def test_a_parameter_that_grew_is_an_error_and_not_a_read_beyond_its_state(fused):
+    for cls in (ProjectedSGD, ProjectedAdam):
+        p, q = random((64, 8), (4, 3))
+        optimizer = cls([p, q], lr=0.1, c=1.0, fused=fused, **({"momentum": 0.9} if cls is ProjectedSGD else {}))
+        give_gradients([p, q], 0)
+        optimizer.step()
+        p.data = torch.ones(4000, 8)
+        p.grad = None
+        give_gradients([p, q], 0)
+        start = q.detach().clone()
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step()
+        assert torch.equal(q, start) or not fused
+
+
+@NEEDS_NUMBA
+def test_a_weight_that_torch_refuses_is_refused_before_the_others_move():
+    p, q = random((4, 3), (4, 3))
+    optimizer = ProjectedAdam([p, q], lr=0.1, c=1.0, fused=True)
+    give_gradients([p, q], 0)
+    optimizer.step()
+    q.data, q.grad = q.data.double(), None
+    give_gradients([p, q], 0)
+    start = [p.detach().clone(), q.detach().clone()]
+    with pytest.raises(RuntimeError, match="scalar type"):
+        optimizer.step()
+    assert torch.equal(p, start[0])
+    assert torch.equal(q, start[1])
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
