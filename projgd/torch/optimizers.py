@@ -23,7 +23,7 @@ from projgd.constraints import Constraint
 from projgd.torch import metrics, routing, settings, shaping
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
-from projgd.torch.radii import KEY, Radii
+from projgd.torch.radii import KEY, Radii, check_saved
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
 
@@ -424,19 +424,22 @@ class Projected(Optimizer):
         """
         self._adopt_changes()
         waiting = {p: r for p in _all_params(self.param_groups) if (r := self._radii.get(p)) is not None}
-        saved = state_dict["param_groups"]
+        saved, initial = state_dict["param_groups"], {}
         if len(saved) == len(self.param_groups):  # otherwise torch refuses
             plain, saved = saved, [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
             for i, (s, group, present) in enumerate(zip(plain, saved, self.param_groups, strict=True)):
                 if settings.changed_keys(group, present) or settings.options_of(group) != settings.options_of(present):
                     self._check({**present, **group, "params": present["params"]}, settings.named_params(present, i))
-                for k in group["params"]:
+                constraint = settings.constraint_of(group)
+                for k, (name, p) in zip(group["params"], settings.named_params(present, i).items(), strict=False):
                     metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
+                    if KEY in state_dict["state"].get(k, {}):
+                        initial[k] = check_saved(constraint, p, state_dict["state"][k][KEY], name)
                 if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights
                     for p in present["params"]:
                         waiting.pop(p, None)
-        of_param = {i: dict(s) for i, s in state_dict["state"].items()}
-        initial = {i: s.pop(KEY) for i, s in of_param.items() if KEY in s}  # torch would round them to p.dtype
+        # torch would round the radii to p.dtype
+        of_param = {i: {k: t for k, t in s.items() if k != KEY} for i, s in state_dict["state"].items()}
         of_param = {i: s for i, s in of_param.items() if s}
         super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
         self._radii.replace(waiting)
