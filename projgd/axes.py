@@ -170,7 +170,7 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
     if axis == "entries":
         return Vectors(shape, ())
     if axis is None:
-        return Vectors(shape, tuple(range(ndim)))
+        return Vectors(shape or (1,), tuple(range(ndim)) or (0,))  # a scalar is a vector of one entry
     if axis in ("fan_in", "matrix") and ndim < 2:
         return None
     if axis == "matrix":

@@ -158,8 +158,9 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
 def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool = False) -> Band:
     """Return the band of ‖w‖ = radius, to rounding.
 
-    The band is wide enough that no rounding leaves it, so that projecting again changes no bit. With `moved` it is only
-    as wide as rounding usually is, some ten times less, so that many steps stay where exact arithmetic would take them.
+    The band is wide enough that no rounding leaves it, so that projecting again changes no bit. With `moved` it is some
+    ten times less wide in float32 and float64, as wide as rounding usually is, so that many steps stay where exact
+    arithmetic would take them. In 16-bit types rounding to the dtype decides about the width.
 
     Args:
         kind: the stored dtype.
@@ -170,10 +171,9 @@ def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool =
     Returns:
         The band.
     """
-    length, compute = math.sqrt(vectors.length), FLOATS[kind.compute].unit
-    usual = 4 * compute + (kind.unit / length if kind.unit > compute else 0.0)
-    share = usual if moved else kind.unit + 3 * norm_error(kind, vectors)
-    width = share * radius + length * kind.tiny
+    is_usual = moved and kind is FLOATS[kind.compute]
+    share = 4 * kind.unit if is_usual else kind.unit + 3 * norm_error(kind, vectors)
+    width = share * radius + math.sqrt(vectors.length) * kind.tiny
     return Band(radius - width, radius + width, radius, radius)
 
 
@@ -196,13 +196,15 @@ def interval_band(kind: FloatType, vectors: Vectors, low: float, high: float, pu
         ValueError: a bound that is too small for the arithmetic.
     """
     error, coarse = guard(kind, vectors), math.sqrt(vectors.length) * kind.tiny
-    ball = ball_band(kind, vectors, high)
+    ball = dataclasses.replace(ball_band(kind, vectors, high), pull=pull)
+    if pull != 1 and ball.filled is not None:  # what is pulled need not end inside, so entries are rounded to nearest
+        ball = dataclasses.replace(ball, down=ball.filled, filled=None, inner=None)
     if low == 0:
-        return dataclasses.replace(ball, pull=pull)
+        return ball
     check_radius(low, kind, "low")
     up = (low * (1 + 3 * error) + coarse) * (1 + kind.unit)
     if low * (1 + error) < up < ball.down:
-        return dataclasses.replace(ball, low=low * (1 + error), up=up, pull=pull)
+        return dataclasses.replace(ball, low=low * (1 + error), up=up)
     return dataclasses.replace(sphere_band(kind, vectors, (low + high) / 2), pull=pull)
 
 

@@ -92,7 +92,7 @@ def project_after_step(
         skip = getattr(optimizer, "found_inf", None)
         jobs = [Job(optimizer, type(optimizer), options, own, skip=skip, params=params) for own, params in parts]
         with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-            routing.run_projecting(router.routes(jobs, may_step=False))
+            routing.run(router.routes(jobs, may_step=False))
 
     pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     handle = RemovableHandle(post, extra_dict=pre)

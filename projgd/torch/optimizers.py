@@ -28,7 +28,7 @@ from projgd.rules import Rules
 from projgd.torch import layers, metrics, routing, settings, shaping
 from projgd.torch.engines.base import PLAIN, Job
 from projgd.torch.engines.rows import forget_written_tables
-from projgd.torch.radii import KEY, Radii
+from projgd.torch.radii import KEY, Radii, check_saved
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
 
@@ -212,6 +212,9 @@ class Projected(Optimizer):
             forget_written_tables()
         if not may_step:
             kept = metrics.before_step(self, self.inner)
+            if self._engine is not None and not compiled:  # its refusal must come before the step moves anything
+                with self._grad_mode():
+                    self._routes({}, may_step=False)
             loss = self._run_inner(self, closure, *args, **kwargs)
             self._project(kept)
             return loss
@@ -221,8 +224,8 @@ class Projected(Optimizer):
                 loss = closure()
         with torch.no_grad():
             work = self._routes({}, may_step=True)
-            if rest := routing.run_stepping(work, self):
-                self._run_inner(rest, None)
+            if rest := routing.rest_of(work, self):
+                self._run_inner(rest, None)  # first, because torch may refuse a parameter
             self._run(work)
         return loss
 
@@ -274,8 +277,7 @@ class Projected(Optimizer):
         self._adopt_changes()
         may_step = not compiled and routing.may_step(self.inner, self.param_groups)
         found = routing.Routes()
-        grad_enabled = bool(self.defaults.get("differentiable"))
-        with torch.set_grad_enabled(grad_enabled):
+        with self._grad_mode():
             for i, job in enumerate(routing.mark_shared(self._jobs({}, compiled))):
                 for name, p in settings.named_params(job.group, i).items():
                     engine, refusals = routing.choose(job, p, may_step)
@@ -302,15 +304,19 @@ class Projected(Optimizer):
         spare = {} if torch.compiler.is_compiling() else self._copies
         return shaping.step(self.inner, optimizer.param_groups, spare, call, closure)
 
+    def _grad_mode(self) -> torch.set_grad_enabled:
+        """Return a context in which autograd follows the projection if it follows the step."""
+        return torch.set_grad_enabled(bool(self.defaults.get("differentiable")))
+
     def _project(self, kept: Mapping[Tensor, dict[str, Any]]) -> None:
         """Project the parameters after a step of the inner optimizer."""
-        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+        with self._grad_mode():
             self._run(self._routes(kept, may_step=False))
 
     def _run(self, work: Iterable[tuple[Job, routing.Route]]) -> None:
-        """Run the engines that only project."""
+        """Run the engines."""
         self._radii.note_step()
-        routing.run_projecting(work)
+        routing.run(work)
         self._has_projected, self._moved_by = True, None
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
@@ -381,6 +387,7 @@ class Projected(Optimizer):
         else:
             own, was = settings.adopt(group, seen.settings), settings.constraint_of(seen.settings)
             only_c = settings.changed_keys(group, seen.settings) == {"c"} and seen.has_params(group["params"])
+            only_c = only_c and seen.options == settings.options_of(group)
         now = {**group, **own}
         constraint = settings.constraint_of(now)
         moves = only_c and None not in (was, constraint)
@@ -482,14 +489,12 @@ class Projected(Optimizer):
         initial: dict[int, Tensor] = {}
 
         def read(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            saved.extend(self._read_groups(state_dict))
-            for i, s in state_dict["state"].items():
-                if isinstance(s, dict) and KEY in s:
-                    initial[i] = s[KEY]  # torch would round it to p.dtype
+            saved.extend(self._read_groups(state_dict, initial))
             for s, present in zip(state_dict["param_groups"], self.param_groups, strict=False):
                 if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights
                     for p in present["params"]:
                         waiting.pop(p, None)
+            # torch would round the radii to p.dtype
             own = {i: {k: v for k, v in state_dict["state"][i].items() if k != KEY} for i in initial}
             of_param = {i: s for i, s in {**state_dict["state"], **own}.items() if i not in own or s}
             return {**state_dict, "state": of_param, "param_groups": saved}
@@ -513,17 +518,22 @@ class Projected(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _read_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the groups of a checkpoint with the settings as objects, checked."""
+    def _read_groups(self, state_dict: dict[str, Any], initial: dict[int, Tensor]) -> list[dict[str, Any]]:
+        """Return the groups of a checkpoint with the settings as objects, checked; put its radii into `initial`."""
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups):
             return list(saved)  # torch refuses them
         groups = [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
         for i, (group, present) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if settings.changed_keys(group, present):
-                self._check({**group, "params": present["params"]}, settings.named_params(present, i))
-            for k in group["params"]:
-                metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
+            named = settings.named_params(present, i)
+            if settings.changed_keys(group, present) or settings.options_of(group) != settings.options_of(present):
+                self._check({**present, **group, "params": present["params"]}, named)
+            constraint = settings.constraint_of(group)
+            for k, (name, p) in zip(group["params"], named.items(), strict=False):
+                of_param = state_dict["state"].get(k, {})
+                metrics.check_state(of_param, group, self.inner)
+                if KEY in of_param:
+                    initial[k] = check_saved(constraint, p, of_param[KEY], name)
         return groups
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ a parameter whose state is empty. So the radii wait here until the optimizer has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from projgd.constraints import Constraint
+from projgd.torch.engines.ranks import is_dtensor
 from projgd.torch.shaping import take_initial
 
 KEY = "initial"
@@ -100,3 +102,29 @@ class Radii:
     def replace(self, waiting: dict[Tensor, Tensor]) -> None:
         """Start again after a checkpoint was loaded, with the radii that it does not have."""
         self.waiting, self._stepped, self._known = waiting, set(), None
+
+
+def check_saved(constraint: Constraint | None, p: Tensor, saved: Tensor, name: str) -> Tensor:
+    """Return the radii that a checkpoint has for a parameter, in the shape that its set takes.
+
+    Args:
+        constraint: the set of the parameter.
+        p: the parameter.
+        saved: its radii in the checkpoint; those of a sharded parameter are in another shape.
+        name: its name, for errors.
+
+    Returns:
+        The radii, unchanged if the set takes none.
+
+    Raises:
+        ValueError: radii of another number than the parameter's vectors, or not all positive and finite.
+    """
+    vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first", name)
+    if constraint is None or vectors is None or not constraint.takes_initial:
+        return saved
+    kept = [1 if a in vectors.axes else n for a, n in enumerate(vectors.shape)]
+    if saved.numel() != math.prod(kept):
+        raise ValueError(f"{name}: the state has {saved.numel()} radii for its {math.prod(kept)} vectors")
+    if not (saved.is_meta or bool((saved.isfinite() & (saved > 0)).all())):
+        raise ValueError(f"{name}: the state has radii that are not positive and finite")
+    return saved if is_dtensor(p) or is_dtensor(saved) else saved.reshape(kept)

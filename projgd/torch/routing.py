@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from projgd.torch import metrics
-from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, has_numbers, is_alike
+from projgd.torch.engines.base import (
+    PLAIN,
+    STEPPED,
+    Engine,
+    Job,
+    form_of_gradients,
+    has_numbers,
+    is_alike,
+    reason_of_states,
+)
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -25,7 +34,8 @@ from projgd.torch.engines.ranks import Ranks, is_dtensor
 from projgd.torch.engines.reference import Reference
 from projgd.torch.engines.rows import Rows
 from projgd.torch.engines.triton import Triton
-from projgd.torch.settings import constraint_of
+from projgd.torch.radii import KEY
+from projgd.torch.settings import constraint_of, named_params
 from projgd.torch.shaping import take_initial
 
 WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
@@ -128,9 +138,17 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
             refusals[engine.name] = reason
     if job.forced is not None and not is_free:
         raise ValueError(
-            f"engine={job.forced!r} cannot take a parameter of shape {tuple(p.shape)}: {reason or OTHERWISE}"
+            f"{_name_of(job, p)}: engine={job.forced!r} cannot take a parameter of shape {tuple(p.shape)}: "
+            f"{reason or OTHERWISE}"
         )
     return None, refusals
+
+
+def _name_of(job: Job, p: Tensor) -> str:
+    """Return the name of a parameter of a job, as `settings.named_params` does."""
+    groups = [group["params"] for group in job.optimizer.param_groups]
+    index = next((i for i, params in enumerate(groups) if params is job.group["params"]), len(groups))
+    return next(name for name, q in named_params(job.group, index).items() if q is p)
 
 
 def make_routes(job: Job, may_step: bool) -> list[Route]:
@@ -193,10 +211,10 @@ def may_step(inner: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> boo
     return inner in STEPPED and any(group.get("fused") for group in groups)
 
 
-def run_projecting(work: Iterable[tuple[Job, Route]]) -> None:
-    """Run the engines that only project; on a CPU skip them in a step that GradScaler skips."""
+def run(work: Iterable[tuple[Job, Route]]) -> None:
+    """Run the engines of all routes; on a CPU skip those that only project in a step that GradScaler skips."""
     for job, route in work:
-        if not (route.engine.steps or is_skipped(job.skip)):
+        if route.engine.steps or not is_skipped(job.skip):
             route.run(job)
 
 
@@ -207,22 +225,22 @@ def is_skipped(skip: Tensor | None) -> bool:
     )
 
 
-def run_stepping(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer | None:
-    """Run the engines that step, and return an optimizer for the other parameters.
+def rest_of(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimizer | None:
+    """Return an optimizer for the parameters that no engine steps.
+
+    torch's fused kernels step them only where this is sound. Only these kernels unscale gradients for GradScaler, so if
+    some parameter is not for them, the gradients are unscaled here.
 
     Args:
         work: jobs and their routes.
         optimizer: the optimizer.
 
     Returns:
-        A view of `optimizer` without the parameters that were stepped; None if none with a gradient remains. The view
-        shares everything with the optimizer but its param groups, so the optimizer's own groups do not change.
+        A view of `optimizer` without the parameters that an engine steps; None if none with a gradient remains, or if
+        GradScaler skips the step. The view shares everything with the optimizer but its param groups, so the
+        optimizer's own groups do not change.
     """
-    stepped: list[Tensor] = []
-    for job, route in work:
-        if route.engine.steps:
-            route.run(job)
-            stepped += route.params
+    stepped = [p for _, route in work if route.engine.steps for p in route.params]
     if len(stepped) == sum(len(group["params"]) for group in optimizer.param_groups):
         return None
     ids = set(map(id, stepped))
@@ -232,23 +250,30 @@ def run_stepping(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Opt
         return None
     view = object.__new__(type(optimizer))
     vars(view).update({**vars(optimizer), "param_groups": groups})
+    found_inf, scale = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))
+    if found_inf is not None and not all(g["fused"] for g in groups):
+        if found_inf.item() > 0:
+            return None
+        factor = None if scale is None else float(scale.double().reciprocal().float())  # as GradScaler does
+        for p in (p for g in groups for p in g["params"]):
+            if p.grad is not None and factor is not None:
+                p.grad.mul_(factor)
+        vars(view).update(found_inf=None, grad_scale=None)
     return view
 
 
 def _drop_params(optimizer: Optimizer, group: Mapping[str, Any], stepped: set[int]) -> dict[str, Any]:
-    """Return a group without some parameters. torch's fused kernels step the others only if this is sound."""
+    """Return a group without some parameters; it is fused only if torch's kernels may step the others."""
     kept = [j for j, p in enumerate(group["params"]) if id(p) not in stepped]
     params = [p for p in (group["params"][j] for j in kept) if p.grad is not None]
-    is_scaled = getattr(optimizer, "found_inf", None) is not None  # only fused kernels know what GradScaler asks for
-    is_fused = bool(group.get("fused"))
     return {
         **group,
-        "fused": is_fused and (is_scaled or _may_fuse(optimizer, group, params)),
+        "fused": bool(group.get("fused")) and _may_fuse(optimizer, params),
         **{k: [group[k][j] for j in kept] for k in ("params", "param_names") if k in group},
     }
 
 
-def _may_fuse(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
+def _may_fuse(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
     """Return whether torch's fused kernel may step these parameters, in one call.
 
     On a CPU (torch 2.13) the fused SGD in bfloat16 is wrong by a tenth of the update, float16 was seen to give NaN, and
@@ -264,22 +289,25 @@ def _may_fuse(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[T
 
 
 def _lie_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
-    """Return whether gradients and states have the memory layout of their parameter."""
-    strides, states = list(map(Tensor.stride, params)), [optimizer.state.get(p, {}) for p in params]
+    """Return whether gradients and states have the shape and the memory layout of their parameter."""
+    strides, sizes = list(map(Tensor.stride, params)), list(map(Tensor.numel, params))
+    states = [optimizer.state.get(p, {}) for p in params]
     model = next((k for k, p in enumerate(params) if p.ndim), 0)  # a 0-d parameter has the shape of a step count
-    names = [k for k, t in states[model].items() if isinstance(t, Tensor) and t.shape == params[model].shape]
+    names = [k for k, t in states[model].items() if isinstance(t, Tensor) and t.ndim and k != KEY]
     try:  # all at once: one after the other would take longer than the step of many small tensors
         read = [[p.grad for p in params], *([s[k] for s in states] for k in names if params[model].ndim)]
         is_known = all(s.keys() == states[model].keys() for s in states)
-        if is_known and all(list(map(Tensor.stride, tensors)) == strides for tensors in read):
+        if is_known and all(
+            list(map(Tensor.stride, some)) == strides and list(map(Tensor.numel, some)) == sizes for some in read
+        ):
             return True
     except (KeyError, TypeError, RuntimeError):  # a state is missing, or a gradient is sparse
         pass
     return all(
         is_alike(t, p)
         for p in params
-        for t in (p.grad, *optimizer.state.get(p, {}).values())
-        if isinstance(t, Tensor) and t.shape == p.shape
+        for k, t in (("grad", p.grad), *optimizer.state.get(p, {}).items())
+        if isinstance(t, Tensor) and (t.ndim or t is p.grad) and k != KEY
     )
 
 
@@ -300,12 +328,9 @@ def check_forced(optimizer: Optimizer, group: Mapping[str, Any], named: Mapping[
     radii = take_initial(constraint, named)
     metric = metrics.after_step(optimizer, inner, group, {})
     job = Job(optimizer, inner, group, constraint, metric, radii, forced=engine)
-    with torch.no_grad():
-        for name, p in named.items():
-            try:
-                choose(job, p, may_step=True)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+        for p in named.values():
+            choose(job, p, may_step=True)
 
 
 class Router:
@@ -347,23 +372,27 @@ class _KnownRoutes:
         situation: whether an engine may step, and whether a GradScaler scales.
         others: the parameters without an engine, which may get one together with a new gradient.
         forms: the forms of their gradients.
+        held_up: the parameters whose states keep an engine from stepping them; what only projects does not read states.
     """
 
     routes: list[Route]
     situation: tuple[bool, bool]
     others: list[Tensor]
     forms: list[Any]
+    held_up: list[Tensor]
 
     @classmethod
     def of(cls, job: Job, may_step: bool) -> _KnownRoutes:
         routes = make_routes(job, may_step)
         taken = {id(p) for route in routes for p in route.params}
         others = [p for p in job.params if id(p) not in taken and (may_step or p.grad is None)]
-        return cls(routes, (may_step, job.skip is None), others, form_of_gradients(job.gradients(others)))
+        held_up = [p for p in job.params if may_step and reason_of_states(job, p)]
+        return cls(routes, (may_step, job.skip is None), others, form_of_gradients(job.gradients(others)), held_up)
 
     def is_valid(self, job: Job, may_step: bool) -> bool:
         return (
             (may_step, job.skip is None) == self.situation
             and form_of_gradients(job.gradients(self.others)) == self.forms
+            and all(reason_of_states(job, p) for p in self.held_up)
             and all((now := r.engine.memory(job, r.params)) is not None and now == r.memory for r in self.routes)
         )

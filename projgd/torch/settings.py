@@ -35,6 +35,9 @@ LONG_KERNEL = 32
 
 KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad")
 
+OPTIONS = ("fused", "differentiable", "capturable")
+"""The options of torch.optim that decide, beside the settings, which engine takes a parameter."""
+
 
 def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
     """Return all `KEYS` of a group: its own values, and the constructor's for the keys that it does not have.
@@ -103,18 +106,20 @@ class Snapshot:
         settings: its settings.
         params: the ids of its parameters, because a wrapper that replaces them wants the old ones freed.
         constraint: the constraint in force.
+        options: the values of `OPTIONS`.
     """
 
     group: dict[str, Any]
     settings: dict[str, Any]
     params: list[int]
     constraint: Constraint | None
+    options: list[Any]
 
     @classmethod
     def of(cls, group: dict[str, Any], own: Mapping[str, Any] | None = None) -> Snapshot:
         """Return a snapshot of the group as it is now, with the settings `own` if they are given."""
         known = {k: (own or group)[k] for k in KEYS}
-        return cls(group, known, list(map(id, group["params"])), constraint_of(known))
+        return cls(group, known, list(map(id, group["params"])), constraint_of(known), options_of(group))
 
     def has_params(self, params: list[torch.Tensor]) -> bool:
         """Return whether these are the parameters of the snapshot."""
@@ -126,7 +131,13 @@ class Snapshot:
             now = constraint_of(group)
             same = self.group is group and not changed_keys(group, self.settings, KEYS[1:])
             return same and (moves_freely(now) or now == self.constraint)
-        return self.group is group and not changed_keys(group, self.settings) and self.has_params(group["params"])
+        same = self.group is group and not changed_keys(group, self.settings) and self.options == options_of(group)
+        return same and self.has_params(group["params"])
+
+
+def options_of(group: Mapping[str, Any]) -> list[Any]:
+    """Return the values of `OPTIONS` in a group; None for an option that it does not have."""
+    return list(map(group.get, OPTIONS))
 
 
 def changed_keys(group: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str] = KEYS) -> set[str]:

@@ -20,7 +20,7 @@ from projgd.axes import Vectors, check, resolve
         ("matrix", (4,), "out_first", None),
         ("matrix", (4, 3, 2), "out_first", Vectors((4, 3, 2), (0, 1, 2))),
         ("entries", (4, 3), "out_first", Vectors((4, 3), ())),
-        (None, (), "out_first", Vectors((), ())),
+        (None, (), "out_first", Vectors((1,), (0,))),
         (None, (4, 3), "out_last", Vectors((4, 3), (0, 1))),
         (-1, (4, 3), "out_last", Vectors((4, 3), (1,))),
         ((1, -3), (4, 3, 2), "out_first", Vectors((4, 3, 2), (0, 1))),

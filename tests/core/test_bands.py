@@ -147,7 +147,10 @@ def test_the_width_of_a_sphere(kind):
         assert rest.up == rest.down == moved.up == moved.down == 2.0
         assert 2.0 - rest.low == pytest.approx(rest.high - 2.0, rel=1e-3)
         assert rest.high - 2.0 >= 2 * (kind.unit + guard(kind, vectors(1))) / 2
-        assert 0 < moved.high - 2.0 < (rest.high - 2.0) / (1 if n == 1 else 2)
+        if kind.unit == FLOATS[kind.compute].unit:
+            assert 0 < moved.high - 2.0 < (rest.high - 2.0) / (1 if n == 1 else 2)
+        else:  # a step and a projection agree, so that a projection after a step changes no bit
+            assert moved == rest
 
 
 def test_a_sphere_with_one_radius_per_vector():

@@ -229,6 +229,14 @@ def test_a_share_of_the_way_does_not_overflow():
     assert torch.equal(project(torch.tensor([[2e38, 2e38]]).T), torch.tensor([[1e38, 1e38]]).T)
 
 
+@pytest.mark.parametrize("way", FAST)
+def test_a_share_of_the_way_in_coarse_float16(way):
+    w = np.full((1000, 1), 0.01, np.float16)
+    for rate, norm in ((0.0, 0.01), (0.5, 0.01 / 2 + 1e-3 / 1000**0.5 / 2)):
+        q = projected(way, MinMaxNorm(0.0, 1e-3, rate, axis=0))(w)
+        np.testing.assert_allclose(np.asarray(q, np.float64), float(w[0, 0]) / 0.01 * norm, rtol=1e-3)
+
+
 def test_the_derivative_of_a_projection_is_that_of_its_formula():
     """Outside d/dx x·c/‖x‖ = c/‖x‖ (I - x xᵀ/‖x‖²), inside the identity, and finite at 0."""
     x = np.asarray([3.0, 4.0])

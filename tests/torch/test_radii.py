@@ -1,6 +1,7 @@
 """The initial norms of `Sphere("initial")`: taken once, kept in the optimizer's state, and no hindrance to others."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -138,3 +139,21 @@ def test_a_vector_without_a_norm_is_refused_by_name():
     for bad in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="proj: 4 of its 4 vectors have norm 0 or are not finite"):
             ProjectedSGD([("proj", weight(value=bad))], constraint=Sphere("initial"))
+
+
+@pytest.mark.parametrize("broken", [torch.ones(1, 1), torch.ones(7, 1), 0.0, -1.0, math.nan, math.inf], ids=str)
+def test_radii_that_cannot_be_those_of_a_parameter_are_refused_before_anything_is_loaded(broken):
+    p = weight()
+    optimizer = ProjectedAdam([("hidden", p)], lr=0.1, constraint=Sphere("initial"))
+    step(optimizer)
+    before, state = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    radii = state["state"][0]["initial"]
+    state["state"][0]["initial"] = broken if isinstance(broken, torch.Tensor) else radii.clone().fill_(broken)
+    state["state"][0]["exp_avg"].fill_(7.0)
+    with pytest.raises(ValueError, match=r"hidden: the state has .*radii"):
+        optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+    state["state"][0]["initial"] = radii.flatten()
+    optimizer.load_state_dict(state)
+    step(optimizer)
+    np.testing.assert_allclose(norms(p), radii.flatten(), rtol=1e-6)

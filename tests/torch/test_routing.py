@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from projgd import Box, MaxNorm, MinMaxNorm, UnitNorm
-from projgd.torch import ProjectedAdam, ProjectedSGD, ProjectedSparseAdam, project_after_step, routing
+from projgd.torch import ProjectedAdam, ProjectedRMSprop, ProjectedSGD, ProjectedSparseAdam, project_after_step, routing
 
 
 @pytest.fixture
@@ -95,6 +95,14 @@ def test_a_refusal_is_a_sentence_that_says_why():
     assert ProjectedSGD(model(), lr=0.1, c=None).routes()["0.weight"].engine == "free"
 
 
+def test_a_reason_that_the_user_can_do_something_about_comes_last():
+    routes = ProjectedRMSprop(model(), lr=0.1, c=1.0).routes()
+    assert "not RMSprop" in str(routes["0.weight"])
+    assert "float32, not bfloat16" in str(ProjectedSGD(model(), lr=0.1, c=1.0).routes()["2.weight"])
+    with pytest.raises(ValueError, match='pass metric="adaptive"'):
+        ProjectedAdam(model(), c=1.0, engine="diagonal")
+
+
 def test_routes_are_made_anew_only_where_something_changed(monkeypatch):
     made = []
     original = routing.make_routes
@@ -129,10 +137,44 @@ def test_an_engine_that_cannot_is_refused_when_the_optimizer_is_made():
         ProjectedSGD(model(), lr=0.1, c=1.0, engine="cpu")
     with pytest.raises(ValueError, match=r"0\.weight: engine='eager' cannot take .* is not a set of norms"):
         ProjectedSGD(model(), lr=0.1, constraint=Box(-1, 1), engine="eager")
-    optimizer = ProjectedSGD(model(), lr=0.1, c=1.0, engine="eager")
-    optimizer.param_groups[0]["constraint"] = Box(-1.0, 1.0)
-    with pytest.raises(ValueError, match="engine='eager' cannot take"):
+    with pytest.raises(ValueError, match=r"0\.weight: engine='eager' cannot take .* autograd follows"):
+        ProjectedSGD(model(), lr=0.1, c=1.0, engine="eager", differentiable=True)
+
+
+def load_stock_state(optimizer, named):
+    optimizer.load_state_dict(torch.optim.SGD([p for _, p in named], lr=0.1).state_dict())
+
+
+def turn_to_float64(optimizer, named):
+    named[0][1].data = named[0][1].data.double()
+
+
+CHANGES = {
+    "a stock state": ("cpu", load_stock_state),
+    "fused": ("cpu", lambda optimizer, named: optimizer.param_groups[0].update(fused=False)),
+    "a set": ("eager", lambda optimizer, named: optimizer.param_groups[0].update(constraint=Box(-1.0, 1.0))),
+    "dtype": ("eager", turn_to_float64),
+}
+
+
+@pytest.mark.parametrize(("engine", "change"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_engine_that_can_no_longer_is_refused_before_the_step_writes_anything(engine, change, steps):
+    named = model()[:2]
+    if engine == "cpu":
+        pytest.importorskip("numba")
+    optimizer = ProjectedSGD(named, lr=0.1, c=1.0, engine=engine, fused=engine == "cpu")
+    for _ in range(steps):
         step(optimizer)
+    start = [p.detach().clone() for _, p in named]
+
+    def change_and_step():
+        change(optimizer, named)
+        step(optimizer)
+
+    with pytest.raises(ValueError, match=rf"0\.weight: engine='{engine}' cannot take"):
+        change_and_step()
+    assert all(torch.equal(p.detach().to(q.dtype), q) for (_, p), q in zip(named, start, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -241,3 +283,43 @@ def test_a_table_that_shares_memory_is_projected_as_a_whole(ran):
         optimizer.step()
         assert float(table.weight.detach().norm(dim=1).max()) <= 1
     assert ran[id(table.weight)] == "eager"
+
+
+def strided_momentum(optimizer, p):
+    state = optimizer.state[p]
+    state["momentum_buffer"] = state["momentum_buffer"].t().contiguous().t()
+
+
+def contiguous_momentum(optimizer, p):
+    state = optimizer.state[p]
+    state["momentum_buffer"] = state["momentum_buffer"].contiguous()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda optimizer, p: optimizer.param_groups[0].update(fused=False),
+        lambda optimizer, p: optimizer.param_groups[0].update(fused=True),
+        lambda optimizer, p: optimizer.param_groups[1].update(fused=False),
+        lambda optimizer, p: optimizer.param_groups[0].update(differentiable=True),
+        strided_momentum,
+    ],
+    ids=["unfused", "fused", "another group", "differentiable", "momentum"],
+)
+def test_what_has_changed_between_steps_is_in_the_report_and_in_the_step(change, ran):
+    pytest.importorskip("numba")
+    p, q = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    optimizer = ProjectedSGD([{"params": [p]}, {"params": [q]}], lr=0.1, momentum=0.9, c=1.0, fused=True)
+    undo = (
+        contiguous_momentum
+        if change is strided_momentum
+        else lambda optimizer, p: [group.update(fused=True, differentiable=False) for group in optimizer.param_groups]
+    )
+    for act in (lambda optimizer, p: None, change, undo):
+        step(optimizer)
+        act(optimizer, p)
+        ran.clear()
+        routes = optimizer.routes()
+        step(optimizer)
+        assert [routes[f"parameter 0 of group {i}"].engine for i in range(2)] == [ran[id(p)], ran[id(q)]]
+    assert ran[id(p)] == "cpu"

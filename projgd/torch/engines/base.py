@@ -193,20 +193,29 @@ STEPPED = (SGD, Adam, AdamW)
 
 def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield what keeps any engine from stepping a parameter, each with a sentence for the user."""
-    yield not job.group.get("fused"), "fused=True was not passed"
-    yield job.compiled, "torch.compile makes a graph of its own"
     yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
     yield job.group.get("gradient") is not None, "it takes the gradient as it comes"
     yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
     yield id(p) in job.shared, "the parameter shares memory with another one"
+    yield job.compiled, "torch.compile makes a graph of its own"
+    yield not job.group.get("fused"), "fused=True was not passed"
+    yield p.grad is not None and p.grad.layout != torch.strided, "the gradient is sparse"
     yield p.grad is not None and not is_alike(p.grad, p), "the gradient does not lie in memory as the parameter does"
+    reason = reason_of_states(job, p)
+    yield bool(reason), reason
+
+
+def reason_of_states(job: Job, p: Tensor) -> str:
+    """Return why no engine can step a parameter with the states that it has; an empty string if one can."""
     state, names = job.optimizer.state.get(p, {}), state_names(job)
     found = {k: state[k] for k in names if state.get(k) is not None}
-    yield len(found) not in (0, len(names)), f"the optimizer's state has only {', '.join(found)}"
+    if len(found) not in (0, len(names)):
+        return f"the optimizer's state has only {', '.join(found)}"
     count = found.pop("step", None)
     is_usual = isinstance(count, Tensor) and (count.dtype, count.device, count.shape) == (torch.float32, p.device, ())
-    yield count is not None and not is_usual, "the step count is not a float32 tensor, as that of fused=True is"
-    yield not all(is_alike(t, p) for t in found.values()), "a state does not lie in memory as the parameter does"
+    if count is not None and not is_usual:
+        return "the step count is not a float32 tensor, as that of fused=True is"
+    return "" if all(is_alike(t, p) for t in found.values()) else "a state does not lie in memory as the parameter does"
 
 
 def state_names(job: Job) -> list[str]:
@@ -214,6 +223,14 @@ def state_names(job: Job) -> list[str]:
     if job.inner is SGD:
         return ["momentum_buffer"] if job.group["momentum"] != 0 else []
     return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(job.group["amsgrad"])
+
+
+def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return Adam's betas as floats; raise ValueError for another number of them."""
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas={group['betas']!r}: pass two numbers, such as (0.9, 0.999)")
+    first, second = group["betas"]
+    return float(first), float(second)
 
 
 def add_missing_states(job: Job, p: Tensor) -> None:

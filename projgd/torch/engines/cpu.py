@@ -29,6 +29,7 @@ from projgd.torch.engines.base import (
     Engine,
     Job,
     add_missing_states,
+    betas_of,
     is_alike,
     reasons_not_to_step,
     rows_in_memory,
@@ -57,6 +58,7 @@ class Cpu(Engine):
     def prepare(self, job: Job, params: Sequence[Tensor]) -> _Prepared:
         from projgd.torch.engines.cpu_tables import ShapedTables, Tables
 
+        _hyperparameters(job)  # an error about them must come before a state is added
         names = state_names(job)
         states = [job.optimizer.state[p] for p in params] if names else []
         starting = [k for k, s in enumerate(states) if job.inner is SGD and s.get("momentum_buffer") is None]
@@ -113,13 +115,13 @@ class Cpu(Engine):
 def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield pairs: whether the engine refuses a parameter for some reason, and the reason for the user."""
     yield p.device.type != "cpu", ""
+    yield p.dtype != torch.float32, f"it takes float32, not {str(p.dtype).removeprefix('torch.')}"
     yield from reasons_not_to_step(job, p)
     yield any(job.group.get(k) for k in ("capturable", "differentiable")), "no graph can record its step"
     known = job.metric is None or (isinstance(job.metric, OfStep) and job.metric.diagonal.entrywise)
     yield not known, "it knows no other metric than √v + ε"
     yield not _is_installed(), 'numba is not installed: pip install "projgd[fast]"'
     yield _forked, "this process was forked from one in which numba's threads had been at work"
-    yield p.dtype != torch.float32, f"it takes float32, not {str(p.dtype).removeprefix('torch.')}"
     yield not is_alike(p, p), "the parameter is not a dense tensor"
     vectors = job.vectors(p)
     yield (
@@ -176,22 +178,28 @@ class _Prepared:
 
     def step(self, job: Job, grads: list[int], scale: float) -> list[int]:
         """Run the kernel on gradients at these addresses; return the parameters that need `_project_unsettled`."""
-        group, tables = job.group, self.tables
+        tables = self.tables
         if job.constraint is not self.constraint:
             for rows, p, vectors in self.sources:
                 tables.bands[rows] = _numbers(job.band(p, vectors), vectors)
             self.constraint = job.constraint
-        lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
+        numbers = _hyperparameters(job)
         if job.inner is SGD:
-            tables.rates[:, 0] = 1 - group["dampening"]
+            *sgd, tables.rates[:, 0] = numbers
             tables.rates[self.starting, 0] = 1
             self.starting = []
-            sgd = lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), scale
-            return tables.run(grads, sgd, None, None)
-        betas, eps = tuple(map(float, group["betas"])), float(group["eps"])
-        kind = float(group.get("decoupled_weight_decay", job.inner is AdamW)), float(group["amsgrad"])
-        adam = lr, *betas, eps, decay, sign, *kind, scale
-        return tables.run(grads, None, adam, None if job.metric is None else eps)
+            return tables.run(grads, (*sgd, scale), None, None)
+        return tables.run(grads, None, (*numbers, scale), None if job.metric is None else float(job.group["eps"]))
+
+
+def _hyperparameters(job: Job) -> tuple[float, ...]:
+    """Return the hyperparameters as `cpu_kernel` reads them; for SGD last the share of a gradient in its momentum."""
+    group = job.group
+    lr, decay, sign = float(group["lr"]), float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0
+    if job.inner is SGD:
+        return lr, float(group["momentum"]), decay, sign, float(group["nesterov"]), 1 - float(group["dampening"])
+    kind = float(group.get("decoupled_weight_decay", job.inner is AdamW)), float(group["amsgrad"])
+    return lr, *betas_of(group), float(group["eps"]), decay, sign, *kind
 
 
 _EVERY_NORM = [(0.0, math.inf, 1.0, 1.0, 1.0)]

@@ -37,7 +37,7 @@ class Diagonal(Engine):
 
     def refuses(self, job: Job, p: Tensor) -> str | None:
         if job.metric is None:
-            return ""
+            return 'it projects in a metric: pass metric="adaptive"' if job.forced == self.name else ""
         if job.compiled or torch.is_grad_enabled():
             return "a graph follows the projection"
         if type(p) not in PLAIN or p.device.type != "cpu" or p.dtype == torch.float64:

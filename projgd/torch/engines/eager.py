@@ -137,22 +137,33 @@ class _Batch:
         if self.fixed is None and band.low <= least and most <= band.high:
             return
         is_ball = isinstance(band.low, float) and band.low == 0.0
-        is_usual = most < FAR and (is_ball or least > NEAR)
-        if is_usual and band.pull == 1:  # `Band.factors` in fewer calls: what stays is divided by itself
+        if not (most < FAR and (is_ball or least > NEAR)):  # squares may have over- or underflowed
+            self._project_by_reference(job)
+            return
+        if band.pull == 1:  # `Band.factors` in fewer calls: what stays is divided by itself
             found = self.found.clamp_(min=NEAR * NEAR)  # the squares of such a short vector may have become 0
             torch.div(band.goal(found, torch), found, out=self.factors)
         else:
             self.factors.copy_(band.factors(self.found, torch))
-        if is_usual and self.arrays[0].x.dtype == torch.float32:
+        if self.arrays[0].x.dtype == torch.float32:
             torch._foreach_mul_([a.x for a in self.arrays], self.multipliers)
         else:
-            self._multiply_some(~((self.found < FAR) & (is_ball | (self.found > NEAR))))
+            for a, by in zip(self.arrays, self.multipliers, strict=True):
+                a.x.copy_(torch.where(by != 1, (a.x * by).to(a.x.dtype), a.x))
         for a in self.arrays:
             if a.sources:
                 torch._foreach_copy_(a.sources, a.parts)
-        if not is_usual:  # the factors above are 1 where squares over- or underflowed
-            for p in {id(p): p for a in self.arrays for p in a.params}.values():
-                reference.project_(p, job)
+
+    def _project_by_reference(self, job: Job) -> None:
+        assert job.constraint is not None
+        for a in self.arrays:
+            if self.fixed is not None:
+                for p in a.params:
+                    reference.project_(p, job)
+                continue
+            a.x.copy_(job.constraint.onto(a.x, a.axes, xp, moved=True))  # some rows of a large parameter, or a stack
+            if a.sources:
+                torch._foreach_copy_(a.sources, a.parts)
 
     def _measure(self) -> tuple[float, float]:
         """Fill `found`, and return the smallest and the largest norm; NaN if there is one."""
@@ -165,12 +176,6 @@ class _Batch:
                 _norm(_norm(blocks[0], 2, 2, out=blocks[1]), 2, 1, dtype=torch.float64, out=norm.view(-1))
         least, most = self.found.aminmax()
         return least.item(), most.item()
-
-    def _multiply_some(self, unusual: Tensor) -> None:
-        """Multiply vectors that move, but for those whose squares over- or underflowed. NaN keeps its bits."""
-        self.factors.masked_fill_(unusual, 1.0)
-        for a, by in zip(self.arrays, self.multipliers, strict=True):
-            a.x.copy_(torch.where(by != 1, (a.x * by).to(a.x.dtype), a.x))
 
 
 def _batches(job: Job, params: Sequence[Tensor]) -> list[_Batch]:

@@ -58,7 +58,9 @@ class Rows(Engine):
                 x = p.index_select(0, moved)
                 project_with(self._within, _for_rows(job, p, moved), [x])
                 p.index_copy_(0, moved, x)  # a row that occurs twice has the same value twice
-            _inside[p] = (p._version, job.constraint)
+            band = job.band(p)
+            if band is None or band.pull == 1:  # what is pulled is on its way, so the next step pulls it on
+                _inside[p] = (p._version, job.constraint)
 
 
 _inside: MutableMapping[Tensor, tuple[int, Constraint | None]] = WeakIdKeyDictionary()

@@ -32,7 +32,15 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from projgd.bands import Band
-from projgd.torch.engines.base import Engine, Job, add_missing_states, reasons_not_to_step, rows_in_memory, state_names
+from projgd.torch.engines.base import (
+    Engine,
+    Job,
+    add_missing_states,
+    betas_of,
+    reasons_not_to_step,
+    rows_in_memory,
+    state_names,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl  # `_kernel` imports it when it is needed, because that takes 0.3 s
@@ -59,6 +67,7 @@ class Triton(Engine):
         return next((reason for is_refused, reason in _reasons(job, p) if is_refused), None)
 
     def prepare(self, job: Job, params: Sequence[Tensor]) -> list[_Batch]:
+        _numbers(job, True)  # an error about them must come before a state is added
         batches: dict[Any, _Batch] = {}
         for j, p in enumerate(params):
             starts = job.inner is SGD and job.optimizer.state[p].get("momentum_buffer") is None
@@ -216,7 +225,7 @@ def _numbers(job: Job, starts: bool) -> tuple[float, ...]:
     if job.inner is SGD:
         kept, share = (0.0, 1.0) if starts else (float(group["momentum"]), 1.0 - group["dampening"])
         return sign, decay, float(group["momentum"]), kept, share, float(group["nesterov"])
-    is_decoupled, betas = group.get("decoupled_weight_decay", job.inner is AdamW), map(float, group["betas"])
+    is_decoupled, betas = group.get("decoupled_weight_decay", job.inner is AdamW), betas_of(group)
     common = sign, decay, float(is_decoupled), float(group["amsgrad"]), float(group["eps"])
     return (*common, *(n for b in betas for n in (b, 1 - b, math.log2(b) if b else -math.inf)))
 

@@ -167,6 +167,40 @@ def test_what_is_changed_between_steps_is_noticed(fused, options, change):
 
 
 @NEEDS_NUMBA
+@pytest.mark.parametrize(
+    ("cls", "broken"),
+    [
+        (ProjectedSGD, {"lr": None}),
+        (ProjectedSGD, {"momentum": "a"}),
+        (ProjectedSGD, {"dampening": "a"}),
+        (ProjectedAdam, {"betas": (0.9,)}),
+    ],
+    ids=str,
+)
+def test_a_first_step_that_fails_leaves_no_state(cls, broken):
+    found = []
+    for fails in (False, True):
+        (p,) = random((4, 3))
+        options = {"momentum": 0.9, "dampening": 0.5} if cls is ProjectedSGD else {}
+        optimizer = cls([p], lr=0.1, c=1.0, fused=True, **options)
+        group = optimizer.param_groups[0]
+        if fails:
+            whole = {k: group[k] for k in broken}
+            group.update(broken)
+            give_gradients([p], 0)
+            with pytest.raises((TypeError, ValueError), match="betas=" if "betas" in broken else None):
+                optimizer.step()
+            group.update(whole, c=2.0)
+            assert not optimizer.state[p]
+        for i in range(2):
+            give_gradients([p], i)
+            group["c"] = 1.0 + i
+            optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+@NEEDS_NUMBA
 def test_a_parameter_whose_gradient_comes_later_is_stepped_by_the_engine_from_then_on():
     a, b = random((8, 8), (8, 8))
     optimizer = ProjectedSGD([("a", a), ("b", b)], lr=0.1, c=1.0, fused=True)
@@ -410,6 +444,66 @@ def test_what_the_kernel_does_not_take_of_a_shaped_group_is_shaped_by_plain_oper
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
+@NEEDS_NUMBA
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("is_unscaled", [False, True])
+def test_what_the_engine_does_not_take_steps_under_gradscaler_as_without(is_unscaled, skips):
+    """torch's fused kernel is wrong in bfloat16, and reads a transposed gradient row by row."""
+    start = [torch.randn(6, 6, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    ours, plain = ([torch.nn.Parameter(x.clone()) for x in (*start, start[0].bfloat16())] for _ in range(2))
+    optimizer = ProjectedSGD(ours, lr=0.1, momentum=0.9, c=1e6, fused=True)
+    stock = torch.optim.SGD(plain, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for i in range(3):
+        for k, (p, q) in enumerate(zip(ours, plain, strict=True)):
+            q.grad = torch.randn(6, 6, generator=torch.Generator().manual_seed(9 * i + k)).to(p.dtype)
+            p.grad = 8 * q.grad
+        ours[1].grad = ours[1].grad.t().contiguous().t()
+        if skips and i == 1:
+            ours[0].grad[0, 0] = math.inf
+        else:
+            stock.step()
+        if is_unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(8.0)
+        assert ours[1].grad.equal(plain[1].grad) or (skips and i == 1)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=0 if p.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@FUSED
+def test_a_parameter_that_grew_is_an_error_and_not_a_read_beyond_its_state(fused):
+    for cls in (ProjectedSGD, ProjectedAdam):
+        p, q = random((64, 8), (4, 3))
+        optimizer = cls([p, q], lr=0.1, c=1.0, fused=fused, **({"momentum": 0.9} if cls is ProjectedSGD else {}))
+        give_gradients([p, q], 0)
+        optimizer.step()
+        p.data = torch.ones(4000, 8)
+        p.grad = None
+        give_gradients([p, q], 0)
+        start = q.detach().clone()
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step()
+        assert torch.equal(q, start) or not fused
+
+
+@NEEDS_NUMBA
+def test_a_weight_that_torch_refuses_is_refused_before_the_others_move():
+    p, q = random((4, 3), (4, 3))
+    optimizer = ProjectedAdam([p, q], lr=0.1, c=1.0, fused=True)
+    give_gradients([p, q], 0)
+    optimizer.step()
+    q.data, q.grad = q.data.double(), None
+    give_gradients([p, q], 0)
+    start = [p.detach().clone(), q.detach().clone()]
+    with pytest.raises(RuntimeError, match="scalar type"):
+        optimizer.step()
+    assert torch.equal(p, start[0])
+    assert torch.equal(q, start[1])
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -449,7 +543,7 @@ def refusals():
     yield job_for(p, constraint=MaxNorm(1.0, 0)), "one after the other"
     yield job_for(p, constraint=Box(-1.0, 1.0)), "not a set of norms"
     yield job_for(with_gradient(torch.ones(3, 4).t())), "gradient"
-    yield job_for(with_gradient(torch.ones(4, 3).to_sparse())), "gradient"
+    yield job_for(with_gradient(torch.ones(4, 3).to_sparse())), "gradient is sparse"
     moments = {"exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}
     yield with_state(**moments), "only exp_avg, exp_avg_sq"
     yield with_state(**moments, step=torch.tensor(1.0, dtype=torch.float64)), "step count"

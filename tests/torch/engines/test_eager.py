@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from projgd import MaxNorm, sums
-from projgd.torch import ProjectedSGD
+from projgd import MaxNorm, MinMaxNorm, RadialBrake, TangentUpdate, sums
+from projgd.torch import ProjectedSGD, project_after_step
 from projgd.torch.engines import eager
 from tests.torch.common import norms
 
@@ -58,3 +58,33 @@ def test_a_short_vector_beside_a_long_one_stays(rows, dtype):
     for x in (p, other):
         assert torch.equal(x[1:], start[1:])
         assert norms(x)[0] <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("other", [0.0, math.nan, 1e20, 1e-20])
+@pytest.mark.parametrize("rows", [2, 60_000], ids=["in a stack", "in pieces"])
+def test_a_rate_pulls_every_vector_once_whatever_is_beside_it(rows, other, dtype):
+    params = [torch.nn.Parameter(torch.zeros(rows, 100, dtype=dtype)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+        with torch.no_grad():
+            p[:, 0], p[-1, 0] = 6.0, other
+    ProjectedSGD(params, lr=1.0, constraint=MinMaxNorm(1.0, 2.0, rate=0.5), engine="eager").step()
+    for p in params:
+        np.testing.assert_allclose(p[:-1, 0].detach().float(), 4.0, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("update", [None, TangentUpdate(axis=None), RadialBrake(0.5, axis=None)], ids=str)
+def test_scalars_are_vectors_of_one_entry(update, count):
+    params = [torch.nn.Parameter(torch.tensor(3.0)) for _ in range(count)]
+    optimizer = ProjectedSGD(params, lr=0.1, constraint=MaxNorm(1.0, axis=None), update=update)
+    hooked = [torch.nn.Parameter(torch.tensor(3.0)) for _ in range(count)]
+    stock = torch.optim.SGD(hooked, lr=0.1)
+    project_after_step(stock, MaxNorm(1.0, axis=None))
+    for p in (*params, *hooked):
+        p.grad = torch.ones(())
+    optimizer.step(), stock.step()
+    for p in (*params, *hooked):
+        assert p.shape == ()
+        assert 1 - 1e-5 <= p.item() <= 1

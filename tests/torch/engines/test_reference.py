@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, UnitNorm, projections, sums
+from projgd.torch import ProjectedSGD
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.reference import Reference
 from tests.torch.common import random
@@ -32,3 +33,18 @@ def test_it_projects_in_place_and_not_in_a_step_that_gradscaler_skips(constraint
         is_skipped = skip is not None and bool(skip)
         torch.testing.assert_close(p.detach(), before if is_skipped else constraint.project(before), rtol=1e-6, atol=0)
         assert torch.equal(p, before) is is_skipped
+
+
+@pytest.mark.parametrize("engine", ["eager", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_a_step_left_on_a_sphere_does_not_move_again(dtype, engine):
+    for n in (1, 3, 7, 64):
+        p = torch.nn.Parameter(torch.randn(300, n, generator=torch.Generator().manual_seed(n)).to(dtype))
+        optimizer = ProjectedSGD([p], lr=1.0, constraint=UnitNorm(), engine=engine)
+        p.grad = torch.full_like(p, 0.1)
+        optimizer.step()
+        start = p.detach().clone()
+        p.grad.zero_()
+        optimizer.step()
+        assert torch.equal(p, start)
+        assert torch.equal(UnitNorm().project(start), start)

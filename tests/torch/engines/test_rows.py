@@ -7,7 +7,7 @@ import torch
 from lion_pytorch import Lion
 from torch import nn
 
-from projgd import MaxNorm, NonNegative, UnitNorm
+from projgd import MaxNorm, MinMaxNorm, NonNegative, UnitNorm
 from projgd.torch import ProjectedAdagrad, ProjectedSGD, ProjectedSparseAdam, project_after_step, projected
 from projgd.torch.engines import rows
 from tests.torch.common import longest
@@ -203,3 +203,16 @@ def test_evaluation_does_not_change_the_weights():
     with torch.no_grad():
         table(torch.tensor([0, 4]))
     assert torch.equal(table.weight, before)
+
+
+def test_rows_that_a_rate_has_pulled_part_of_the_way_are_pulled_on():
+    start = torch.tensor([[6.0, 0.0], [6.0, 0.0], [0.5, 0.0]])
+    found = []
+    for sparse in (True, False):
+        table = torch.nn.Embedding(3, 2, sparse=sparse, _weight=start.clone())
+        optimizer = ProjectedSGD(table.parameters(), lr=0.0, constraint=MinMaxNorm(1.0, 2.0, rate=0.5))
+        for _ in range(4):
+            table(torch.tensor([0])).sum().backward()
+            optimizer.step()
+        found.append(table.weight.detach())
+    torch.testing.assert_close(*found)
