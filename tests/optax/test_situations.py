@@ -228,3 +228,22 @@ def test_a_schedule_that_is_an_object():
 
     q, _ = step(projection(Grow()), {"w": 5 * jnp.ones((4, 3))})
     assert (jnp.linalg.norm(q["w"], axis=0) <= 1).all()
+
+
+def test_frozen_parameters():
+    """A zero update moves a parameter outside of the set; a rule with None or a mask around the chain does not."""
+    p = {"a": {"kernel": 3 * jnp.ones((4, 2))}, "b": {"kernel": 3 * jnp.ones((4, 2))}}
+    labels, ball = {"a": "frozen", "b": "trained"}, MaxNorm(1.0)
+
+    def split(tx):
+        return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+    free = projection({"a/*": None, "*": ball})
+    for tx, stays in [
+        (optax.chain(split(optax.sgd(0.1)), projection(ball)), False),
+        (optax.chain(split(optax.sgd(0.1)), free), True),
+        (split(optax.chain(optax.sgd(0.1), projection(ball))), True),
+    ]:
+        q, _ = step(tx, p)
+        assert (q["a"]["kernel"] == 3).all() == stays
+        assert (jnp.linalg.norm(q["b"]["kernel"], axis=0) <= 1).all()
