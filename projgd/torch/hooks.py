@@ -73,19 +73,24 @@ def project_after_step(
             "in two steps pass the optimizer inside it, such as optimizer.base_optimizer",
             stacklevel=2,
         )
-    chosen = _choose(optimizer, constraint, model)
+    options = {"without_grad": without_grad}
+    chosen = _choose(optimizer, constraint, model, options)
+    exempt: dict[torch.Tensor, Exception] = {}  # frozen parameters that cannot be projected, and why
     seen: list[list[int]] = []  # empty, so that the first step checks again: the model may be wrapped before it
     parts: list[tuple[Constraint, list[torch.Tensor]]] = []
-    router, options = routing.Router(), {"without_grad": without_grad}
+    router = routing.Router()
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal chosen, seen, parts
+        nonlocal chosen, seen, parts, exempt
         if (now := _tensors(optimizer)) != seen:
             if list(map(len, now)) != list(map(len, chosen)):
-                chosen = _choose(optimizer, constraint, model)
-            _check(optimizer, chosen)  # an error must come before the step writes anything
+                chosen = _choose(optimizer, constraint, model, options)
+            _, exempt = _check(optimizer, chosen, options)  # an error must come before the step writes anything
             seen, parts = now, _by_constraint(optimizer, chosen)
             router.clear()
+        for p, why in exempt.items():
+            if p.requires_grad or p.grad is not None:
+                raise why
         forget_written_tables()
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -100,7 +105,9 @@ def project_after_step(
     return handle
 
 
-def _choose(optimizer: Optimizer, constraint: Constraint | Rules | None, model: torch.nn.Module | None) -> Chosen:
+def _choose(
+    optimizer: Optimizer, constraint: Constraint | Rules | None, model: torch.nn.Module | None, options: dict[str, Any]
+) -> Chosen:
     """Return the constraint of each parameter, by its position in the param groups.
 
     Positions outlive tensors: a wrapper such as Accelerate's for FSDP2 later puts other tensors there.
@@ -133,7 +140,7 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules | None, model: 
         chosen = [[of_name[name] for name in group] for group in named]
     else:
         chosen = [[constraint] * len(group) for group in named]
-    held = _check(optimizer, chosen)
+    held, _ = _check(optimizer, chosen, options)
     if model is None and isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, held)
     if model is None and isinstance(constraint, Constraint):
@@ -157,13 +164,26 @@ def _tensors(optimizer: Optimizer) -> list[list[int]]:
     return [list(map(id, group["params"])) for group in optimizer.param_groups]
 
 
-def _check(optimizer: Optimizer, chosen: Chosen) -> dict[str, bool]:
-    """Raise an error if a constraint cannot be applied; return by name whether a parameter has vectors to hold."""
-    held = {}
+def _check(
+    optimizer: Optimizer, chosen: Chosen, options: dict[str, Any]
+) -> tuple[dict[str, bool], dict[torch.Tensor, Exception]]:
+    """Raise an error if a constraint cannot be applied.
+
+    Returns:
+        By name, whether a parameter has vectors to hold; and the frozen parameters that cannot be projected, with the
+        reason.
+    """
+    held: dict[str, bool] = {}
+    exempt: dict[torch.Tensor, Exception] = {}
     for i, (group, constraints) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         for (name, p), own in zip(settings.named_params(group, i).items(), constraints, strict=True):
             if own is not None and own.takes_initial:
                 raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
-            settings.check(own, {name: p})
-            held[name] = own is not None and own.resolve(tuple(p.shape), "out_first", name) is not None
-    return held
+            try:
+                settings.check(own, {name: p})
+                held[name] = own is not None and own.resolve(tuple(p.shape), "out_first", name) is not None
+            except (TypeError, ValueError) as error:
+                if not settings.is_frozen(options, p):
+                    raise
+                exempt[p], held[name] = error, True
+    return held, exempt

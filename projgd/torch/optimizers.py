@@ -36,6 +36,10 @@ from projgd.updates import Update
 # `_run_inner` calls the step without it there.
 _BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
 
+# Schedulers (torch 2.13) replace the `step` of an optimizer by a function that torch.compile cannot trace, but for a
+# `step` with this mark. It has to set `_opt_called`, as that function does.
+_MARK = "_wrapped_by_lr_sched"
+
 UNSET: Literal["unset"] = "unset"
 """The default of `c=`, for which None says that there is no bound. Tools that read signatures pass it as it stands."""
 
@@ -134,6 +138,7 @@ class Projected(Optimizer):
         params, own = layers.read_params(as_list(params), own)
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
+        self._exempt: dict[Tensor, Exception] = {}  # frozen parameters that cannot be projected, and why
         self._has_projected: bool | None = False  # as before the first step; None while a subclass's step runs
         self._engine = engine
         if engine is not None and engine not in routing.NAMES:
@@ -174,8 +179,7 @@ class Projected(Optimizer):
                 raise ValueError(f"a param group has the unknown key {key!r}{near}")
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
-        named = settings.named_params(group, len(self.param_groups))
-        self._check(group, named)
+        named = self._check(group, settings.named_params(group, len(self.param_groups)))
         taken = shaping.take_initial(settings.constraint_of(group), named)
         super().add_param_group(group)
         self._radii.add(taken)
@@ -206,6 +210,7 @@ class Projected(Optimizer):
         True
         """
         self._adopt_changes()
+        self._opt_called = True  # see `_MARK`
         compiled = torch.compiler.is_compiling()
         may_step = not (args or kwargs or compiled) and routing.may_step(self.inner, self.param_groups)
         if not compiled:  # sparse gradients do not occur in a compiled graph
@@ -280,6 +285,9 @@ class Projected(Optimizer):
         with self._grad_mode():
             for i, job in enumerate(routing.mark_shared(self._jobs({}, compiled))):
                 for name, p in settings.named_params(job.group, i).items():
+                    if p in self._exempt:
+                        found[name] = routing.Choice(routing.FREE, {"frozen": str(self._exempt[p])})
+                        continue
                     engine, refusals = routing.choose(job, p, may_step)
                     found[name] = routing.Choice(engine.name if engine else routing.FREE, refusals)
         return found
@@ -345,10 +353,15 @@ class Projected(Optimizer):
 
     def _all_radii(self) -> dict[Tensor, Tensor]:
         return self._radii.all_of(
-            (seen.constraint, settings.named_params(group, i))
+            (seen.constraint, self._without_exempt(group, i))
             for i, (group, seen) in enumerate(zip(self.param_groups, self._seen, strict=True))
             if seen.constraint is not None and seen.constraint.takes_initial
         )
+
+    def _without_exempt(self, group: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+        """Return the parameters of a group by name, without the frozen ones that cannot be projected."""
+        named = settings.named_params(group, index)
+        return {name: p for name, p in named.items() if p not in self._exempt} if self._exempt else named
 
     @functools.cached_property
     def _router(self) -> routing.Router:
@@ -366,7 +379,11 @@ class Projected(Optimizer):
             self._adopt_changed_settings()
         if self._has_projected is False and not torch.compiler.is_compiling():
             for i, group in enumerate(self.param_groups):  # a wrapper may have replaced the parameters since
-                settings.check(settings.constraint_of(group), settings.named_params(group, i), group["metric"])
+                settings.check(settings.constraint_of(group), self._without_exempt(group, i), group["metric"])
+        if self._exempt and not torch.compiler.is_compiling():
+            for p, why in self._exempt.items():
+                if p.requires_grad or p.grad is not None:
+                    raise why
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _adopt_changed_settings(self) -> None:
@@ -393,21 +410,34 @@ class Projected(Optimizer):
         moves = only_c and None not in (was, constraint)
         if not (moves and settings.moves_freely(constraint) and settings.moves_freely(was)):
             self._router.clear()
-            self._check(now, named)
+            named = self._check(now, named)
             if seen is not None and was != constraint:
                 self._radii.drop(group["params"])
                 self._radii.take(constraint, named)
         group.update(own)
         return Snapshot.of(group)
 
-    def _check(self, group: Mapping[str, Any], named: Mapping[str, Tensor]) -> None:
-        """Raise an error that names the parameter if its group's settings cannot be applied to it."""
-        constraint = settings.constraint_of(group)
-        settings.check(constraint, named, group["metric"])
-        metrics.check(constraint, group["metric"], self.inner)
-        shaping.check(self.inner, {**self.defaults, **group}, named)
-        if self._engine is not None:
-            routing.check_forced(self, {**self.defaults, **group}, named, self._engine)
+    def _check(self, group: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raise an error that names the parameter if its group's settings cannot be applied to it.
+
+        A frozen parameter may be one that no set can be applied to, because no step projects it. The result is the
+        other parameters.
+        """
+
+        def check(some: Mapping[str, Tensor]) -> None:
+            constraint = settings.constraint_of(group)
+            settings.check(constraint, some, group["metric"])
+            metrics.check(constraint, group["metric"], self.inner)
+            shaping.check(self.inner, {**self.defaults, **group}, some)
+            shaping.take_initial(constraint, {name: p for name, p in some.items() if settings.is_frozen(group, p)})
+            if self._engine is not None:
+                routing.check_forced(self, {**self.defaults, **group}, some, self._engine)
+
+        exempt = settings.exempt(check, group, named)
+        self._exempt = {p: exempt[name] for name, p in named.items() if name in exempt} | {
+            p: why for p, why in self._exempt.items() if not any(p is q for q in named.values())
+        }
+        return {name: p for name, p in named.items() if name not in exempt}
 
     def _refuse_misspelt(self, kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError for an option that neither the optimizer nor projgd knows, if a known one is similar."""
@@ -552,6 +582,9 @@ class Projected(Optimizer):
         return _make_blank, (self.inner,), self.__getstate__()
 
 
+setattr(Projected.step, _MARK, True)
+
+
 def projected(cls: type[Optimizer]) -> type[Projected]:
     """Return the optimizer class `cls` with a projection after every step.
 
@@ -684,6 +717,7 @@ def _project_after(step: Any) -> Any:
     @functools.wraps(step)
     def stepped(self: Projected, *args: Any, **kwargs: Any) -> Any:
         self._adopt_changes()
+        self._opt_called = True
         groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
         versions = [p._version for p in _all_params(groups)]
         self._has_projected = None
@@ -699,6 +733,7 @@ def _project_after(step: Any) -> Any:
         return loss
 
     stepped.projects = True  # type: ignore[attr-defined]
+    setattr(stepped, _MARK, True)
     return stepped
 
 

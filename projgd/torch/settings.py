@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -342,6 +342,37 @@ def warn_if_idle(said: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> No
                 f"axis=Stacked({stacked}); if not, axis={None if own.axis == 'matrix' else (1, 2)} says so",
                 stacklevel=4,
             )
+
+
+def is_frozen(group: Mapping[str, Any], p: torch.Tensor) -> bool:
+    """Return whether no step projects a parameter, because it has no gradient and cannot get one."""
+    return not (p.requires_grad or p.grad is not None or group["without_grad"])
+
+
+def exempt(
+    check: Callable[[Mapping[str, torch.Tensor]], Any], group: Mapping[str, Any], named: Mapping[str, torch.Tensor]
+) -> dict[str, Exception]:
+    """Return the frozen parameters that `check` refuses, each with its error; raise the error for the others.
+
+    Args:
+        check: raises TypeError or ValueError for parameters, which are given by name.
+        group: the param group.
+        named: its parameters by name.
+    """
+    try:
+        check(named)
+    except (TypeError, ValueError):
+        refused: dict[str, Exception] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, p in named.items():
+                try:
+                    check({name: p} if is_frozen(group, p) else {})
+                except (TypeError, ValueError) as error:
+                    refused[name] = error
+        check({name: p for name, p in named.items() if name not in refused})
+        return refused
+    return {}
 
 
 def moves_freely(constraint: Constraint | None) -> bool:

@@ -244,3 +244,84 @@ def test_a_step_of_tensors_without_memory(form, mode):
             if form != "hook":
                 assert {choice.engine for choice in optimizer.routes().values()} == {"free"}
                 optimizer.state_dict()
+
+
+# ------------------------------------------------------------------------------ frozen parameters of other kinds
+
+
+FROZEN = {
+    "uint8": lambda: torch.ones(4, 3, dtype=torch.uint8),
+    "int8": lambda: torch.ones(4, 3, dtype=torch.int8),
+    "complex": lambda: torch.ones(4, 3, dtype=torch.complex64),
+    "expanded": lambda: torch.ones(1, 3).expand(4, 3),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "uninitialised": lambda: torch.nn.UninitializedParameter(requires_grad=False),
+}
+
+
+def frozen_of(kind):
+    made = FROZEN[kind]()
+    return made if kind == "uninitialised" else torch.nn.Parameter(made, requires_grad=False)
+
+
+def test_frozen_parameters_that_cannot_be_projected(form):
+    for constraint, shaping, metric in cases(form):
+        plain, params = random((4, 3)), random((4, 3))
+        alone = make(form, plain, constraint, shaping, metric)
+        beside = make(form, [frozen_of("uint8"), *params, frozen_of("complex")], constraint, shaping, metric)
+        for k in range(2):
+            give_gradients(plain, k)
+            give_gradients(params, k)
+            alone.step()
+            beside.step()
+            assert torch.equal(plain[0], params[0]), (constraint, shaping, metric)
+        if form != "hook":
+            assert beside.routes()["parameter 0 of group 0"].engine == "free"
+            beside.load_state_dict(copy.deepcopy(beside.state_dict()))
+            beside.param_groups[0]["axis"] = beside.param_groups[0]["axis"]
+            pickle.dumps(beside)
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.parametrize("form", ["projected", "hook"])
+def test_a_frozen_parameter_that_is_thawed_is_an_error_before_anything_is_written(kind, form):
+    params = random((4, 3))
+    p, w = frozen_of(kind), params[0]
+    optimizer = make(form, [*params, p], MaxNorm(0.5), {}, "euclidean", torch.optim.SGD)
+    give_gradients(params, 0)
+    optimizer.step()
+    before = w.detach().clone()
+    if kind in ("uint8", "int8"):
+        p.grad = torch.ones_like(p)
+    elif kind == "uninitialised":
+        return  # torch refuses to thaw it
+    else:
+        p.requires_grad_()
+    with pytest.raises((TypeError, ValueError), match=r"parameter 1 of group 0 (has dtype|is)"):
+        optimizer.step()
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_frozen_parameter_that_would_be_projected_is_refused(kind):
+    with pytest.raises((TypeError, ValueError), match="parameter 0 of group 0"):
+        projected(torch.optim.SGD)([frozen_of(kind)], lr=0.1, c=0.5, without_grad=True)
+    with pytest.raises((TypeError, ValueError), match="parameter 0 of group 0"):
+        project_after_step(torch.optim.SGD([frozen_of(kind)], lr=0.1), MaxNorm(0.5), without_grad=True)
+    if kind in ("complex", "expanded"):
+        with pytest.raises((TypeError, ValueError), match="parameter 0 of group 0"):
+            projected(torch.optim.SGD)([FROZEN[kind]().requires_grad_()], lr=0.1, c=0.5)
+
+
+def test_a_frozen_weight_of_zero_has_no_radius_and_needs_none(form):
+    for settings in ({"constraint": Sphere("initial")}, {"constraint": MaxNorm(0.5), "update": RelativeUpdate()}):
+        if form == "hook":
+            return
+        zero, params = torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False), random((4, 3))
+        optimizer = projected(torch.optim.SGD)([zero, *params], lr=0.1, fused="fused" in form, **settings)
+        give_gradients(params, 0)
+        optimizer.step()
+        assert not zero.any()
+        zero.requires_grad_()
+        with pytest.raises(ValueError, match="norm 0"):
+            optimizer.step()
