@@ -12,7 +12,8 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from projgd.constraints import Sphere
-from projgd.torch.optimizers import Projected, as_list, projected
+from projgd.torch.methods import as_list
+from projgd.torch.optimizers import Projected, projected
 from projgd.updates import RelativeUpdate
 
 

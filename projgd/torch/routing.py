@@ -21,6 +21,7 @@ from projgd.torch.engines.base import (
     STEPPED,
     Engine,
     Job,
+    Reference,
     form_of_gradients,
     has_numbers,
     is_alike,
@@ -31,7 +32,6 @@ from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
 from projgd.torch.engines.graph import Graph
 from projgd.torch.engines.ranks import Ranks, is_dtensor
-from projgd.torch.engines.reference import Reference
 from projgd.torch.engines.rows import Rows
 from projgd.torch.engines.triton import Triton
 from projgd.torch.radii import KEY

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from projgd.bands import Band
 from projgd.sums import FLOATS
-from projgd.torch.engines import reference
-from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory, rows_of
+from projgd.torch.engines.base import PLAIN, Engine, Job, project_by_reference, rows_in_memory, rows_of
 
 BLOCK = 64  # this many squares may be added in any order
 PIECE = 2**22  # this many entries stay in a cache between their norm and their product
@@ -159,7 +158,7 @@ class _Batch:
         for a in self.arrays:
             if self.fixed is not None:
                 for p in a.params:
-                    reference.project_(p, job)
+                    project_by_reference(p, job)
                 continue
             a.x.copy_(job.constraint.onto(a.x, a.axes, xp, moved=True))  # some rows of a large parameter, or a stack
             if a.sources:
