@@ -214,8 +214,9 @@ def rest_of(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimize
     if found_inf is not None and not all(g["fused"] for g in groups):
         if found_inf.item() > 0:
             return None
-        for p in (p for g in groups for p in g["params"] if p.grad is not None and scale is not None):
-            p.grad.mul_(float(scale.double().reciprocal().float()))  # as GradScaler does
+        by = 1.0 if scale is None else float(scale.double().reciprocal().float())  # as GradScaler does
+        for grad in (p.grad for g in groups for p in g["params"] if p.grad is not None and by != 1):
+            grad.mul_(by)
         vars(view).update(found_inf=None, grad_scale=None)
     return view
 
