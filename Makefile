@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench versions clean
 
 demo: .venv/ready
 	$(PY) examples/demo.py
@@ -24,10 +24,13 @@ docs: .venv/ready
 bench: .venv/ready
 	$(PY) -m benchmarks $(ARGS)
 
+versions:
+	$(PYTHON) tests/versions.py
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist site out *.egg-info
+	rm -rf .venv .versions build dist site out *.egg-info

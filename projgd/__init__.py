@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from projgd.axes import Split
+from projgd.axes import Split, Stacked
 from projgd.config import from_config
 from projgd.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNegative, Sphere, UnitNorm
 from projgd.report import report
@@ -41,6 +41,7 @@ __all__ = [
     "RelativeUpdate",
     "Sphere",
     "Split",
+    "Stacked",
     "TangentUpdate",
     "UnitNorm",
     "Update",

@@ -7,7 +7,8 @@ An *axis* setting says over which axes a norm is taken (the meaning of NumPy and
 * an int or a tuple of ints: those axes, negative ones counted from the end;
 * ``None``: the whole array is one vector;
 * ``"entries"``: every entry is on its own (the sets without vectors, such as `Box`);
-* `Split`: one axis is first cut into equal blocks (grouped layers, attention heads).
+* `Split`: one axis is first cut into equal blocks (grouped layers, attention heads);
+* `Stacked`: the first axes tell layers or experts apart, and each of these is read on its own.
 
 `resolve` turns a setting into a `Vectors`: the shape to view the array in, and the axes to reduce there.
 """
@@ -49,7 +50,32 @@ class Split:
     over: tuple[int, ...]
 
 
-Axis = str | int | tuple[int, ...] | Split | None
+@dataclass(frozen=True)
+class Stacked:
+    """Read an array as a stack: the first `count` axes tell layers, heads or experts apart; each one is read by `axis`.
+
+    `Stacked("matrix")` makes one vector of each matrix, and `"matrix"` one of all matrices together.
+
+    Attributes:
+        axis: how each array of the stack is read: `"fan_in"` (the default), `"matrix"`, an int, a tuple of ints or
+            None; ints count the axes after the first `count`.
+        count: the number of axes that tell the arrays apart; default 1.
+
+    The weights of 8 experts, (8, out, in) in PyTorch:
+
+    >>> import torch
+    >>> from projgd import MaxNorm
+    >>> MaxNorm(1.0, axis=Stacked()).violation(torch.ones(8, 6, 4)).shape
+    torch.Size([8, 6])
+    >>> MaxNorm(1.0, axis=Stacked("matrix")).violation(torch.ones(8, 6, 4)).shape
+    torch.Size([8])
+    """
+
+    axis: str | int | tuple[int, ...] | None = "fan_in"
+    count: int = 1
+
+
+Axis = int | tuple[int, ...] | Split | Stacked | None | str
 
 
 @dataclass(frozen=True)
@@ -77,11 +103,11 @@ def check(axis: Any) -> Axis:
         axis: what the user passed, or what a checkpoint holds.
 
     Returns:
-        The setting, with a list as a tuple and a dict as a `Split`.
+        The setting, with a list as a tuple and a dict as a `Split` or a `Stacked`.
 
     Raises:
         TypeError: a value that is no axis of any array.
-        ValueError: an unknown word, or an empty tuple.
+        ValueError: an unknown word, an empty tuple, or a `Stacked` with a `count` below 1.
 
     >>> check([0, 1])
     (0, 1)
@@ -92,8 +118,15 @@ def check(axis: Any) -> Axis:
         if axis not in ("fan_in", "matrix"):
             raise ValueError(f'axis={axis!r} is not known: pass "fan_in", "matrix", an int, a tuple of ints, or None')
         return axis
-    if isinstance(axis, dict):  # a Split that went through JSON
+    if isinstance(axis, dict):  # one of the two dataclasses, after JSON
+        if "count" in axis:
+            return check(Stacked(axis["axis"], axis["count"]))
         return Split(int(axis["dim"]), int(axis["parts"]), tuple(int(a) for a in axis["over"]))
+    if isinstance(axis, Stacked):
+        within = check(axis.axis)
+        if isinstance(within, (Split, Stacked)) or not isinstance(axis.count, int) or axis.count < 1:
+            raise ValueError(f'{axis} is not known: pass Stacked("fan_in") or Stacked("matrix"), and a count from 1')
+        return Stacked(within, axis.count)
     try:
         if isinstance(axis, Sequence):
             axes = tuple(_as_int(a) for a in axis)
@@ -123,10 +156,11 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
         name: the array's name, for errors; default `"the array"`.
 
     Returns:
-        The `Vectors`; None for `"fan_in"` and `"matrix"` if the array has fewer than two axes.
+        The `Vectors`; None if the array, or each one of a stack, has fewer than two axes and the setting is `"fan_in"`,
+        `"matrix"`, or ints that it does not have.
 
     Raises:
-        ValueError: an axis that the array does not have.
+        ValueError: an axis that an array of two axes or more does not have.
 
     >>> resolve("fan_in", (8, 3, 5, 5), "out_first")
     Vectors(shape=(8, 3, 5, 5), axes=(1, 2, 3))
@@ -143,6 +177,13 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
         return Vectors(shape, tuple(range(ndim)))
     if axis == "fan_in":
         return Vectors(shape, tuple(range(1, ndim)) if layout == "out_first" else tuple(range(ndim - 1)))
+    if isinstance(axis, Stacked):
+        if ndim < axis.count:
+            return None
+        each = resolve(axis.axis, shape[axis.count :], layout, f"each array in {name}")
+        if each is None:
+            return None
+        return Vectors((*shape[: axis.count], *each.shape), tuple(a + axis.count for a in each.axes))
     if isinstance(axis, Split):
         (dim,) = _normalise((axis.dim,), shape, name)
         if axis.parts < 1 or shape[dim] % axis.parts:
@@ -153,7 +194,10 @@ def resolve(axis: Axis, shape: Sequence[int], layout: Layout, name: str = "the a
         return Vectors(shape, _normalise(axis.over, shape, name))
     if isinstance(axis, str):
         raise ValueError(f'axis={axis!r} is not known: pass "fan_in", "matrix", an int, a tuple of ints, or None')
-    return Vectors(shape, _normalise((axis,) if isinstance(axis, int) else axis, shape, name))
+    over = (axis,) if isinstance(axis, int) else axis
+    if ndim < 2 and not all(-ndim <= a < ndim for a in over):
+        return None  # a bias beside the kernels that the axes are for
+    return Vectors(shape, _normalise(over, shape, name))
 
 
 def _normalise(axes: tuple[int, ...], shape: tuple[int, ...], name: str) -> tuple[int, ...]:

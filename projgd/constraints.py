@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
@@ -175,6 +176,40 @@ class Constraint(Configured, ABC):
         if metric not in metrics.NAMES:
             raise ValueError(f'metric={metric!r} is not known: pass "euclidean" or "adaptive"')
 
+    def rounding_interval(
+        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
+    ) -> tuple[Array | float, Array | float]:
+        """Return between which two values rounding may move each entry of a projected point.
+
+        `optax.apply_updates` adds a difference d to weights p, and p + d is not every number: it is only as fine as p.
+        An optax transformation therefore ends as near to q as an entry of p + d can, between these two values, on one
+        side of q at least.
+
+        Args:
+            q: the projected point.
+            p: the weights that it is reached from, of the shape of `q`.
+            norm: returns the norm of every vector of a float32 or float64 array of the shape of `q`, with size 1 along
+                the axes of a vector, or broadcast.
+            xp: the array namespace of both.
+
+        Returns:
+            Two numbers or arrays. Entries of q that are moved between these two values keep the vector in the set,
+                whatever the other entries do. An interval has q on its edge or inside.
+
+        Raises:
+            NotImplementedError: a set that does not say it. `projgd.optax.projection` then refuses the set, and
+                `projgd.optax.apply_updates` takes it.
+
+        >>> import numpy as np
+        >>> q = np.asarray([[0.6], [-0.8]])
+        >>> [interval.ravel().tolist() for interval in MaxNorm(1.0).rounding_interval(q, q, np.linalg.norm, np)]
+        [[-0.6, -0.8], [0.6, 0.8]]
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say where its points may be rounded to, which a chain of optax has to "
+            "know. Give it a method rounding_interval, or use projgd.optax.apply_updates in place of a projection"
+        )
+
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         """Return what the set takes from the initial weights; None if it takes nothing.
 
@@ -259,7 +294,7 @@ class Constraint(Configured, ABC):
         """
         made = from_config(config)
         if not isinstance(made, Constraint):
-            raise TypeError(f"config describes {made}, which is no constraint: use projgd.from_config")
+            raise TypeError(f"config describes {made}, which is not a constraint: use projgd.from_config")
         return made
 
     def project(self, x: Array) -> Array:
@@ -392,6 +427,29 @@ class NormSet(Constraint):
         band = self.band(float_type(x), Vectors(tuple(x.shape), axes))
         assert band is not None
         return metrics.project_band(x, metric, band, axes, xp, repeat)
+
+    def rounding_interval(
+        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
+    ) -> tuple[Array | float, Array | float]:
+        """Return the interval: towards 0 in a ball, to both sides on a sphere, inwards in a shell.
+
+        No entry becomes 0 on a sphere, because a vector that ends at 0 has no direction and would stay there.
+        """
+        low, high = self.edges()
+        size, kind = xp.abs(q), float_type(q)
+        is_fixed = isinstance(low, float)  # as `MinMaxNorm` has it; arrays are the radii of spheres
+        if is_fixed and low == 0:
+            return -size, size
+        if low is high or (is_fixed and low == high):
+            least, most = xp.full_like(size, kind.smallest), xp.full_like(size, kind.largest)
+        else:
+            compute, unit = getattr(xp, kind.compute), math.ldexp(1.0, -math.frexp(high)[1])  # so no square overflows
+            near_low = norm(xp.astype(q, compute) * unit) < (low + high) / 2 * unit
+            # From so far away that all entries could become 0, the nearest other vector is one that can be scaled next.
+            far = ~(norm(xp.astype(p, compute) * unit) * (4 * kind.unit) <= (high - low) * unit)
+            least = xp.where(near_low, size, xp.where(far, kind.smallest, 0.0))
+            most = xp.where(near_low | far, kind.largest, size)
+        return xp.where(q > 0, least, xp.where(q < 0, -most, q)), xp.where(q < 0, -least, xp.where(q > 0, most, q))
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
@@ -542,6 +600,9 @@ class Sphere(NormSet):
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         return norms_of(x, axes, name, f"{self} keeps the initial norm", xp) if self.takes_initial else None
 
+    def __str__(self) -> str:
+        return str(replace(self, radius="initial")) if getattr(self.radius, "shape", ()) else repr(self)
+
     def bind(self, initial: Array) -> Sphere:
         bound = copy.copy(self)
         object.__setattr__(bound, "radius", initial)  # an array: __post_init__ checks a number
@@ -591,6 +652,11 @@ class NonNegative(Constraint):
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         return projections.project_nonnegative(x, xp)
 
+    def rounding_interval(
+        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
+    ) -> tuple[float, float]:
+        return 0.0, float_type(q).largest
+
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
         return xp.where(x < 0, -x, xp.where(xp.isnan(x), x, xp.zeros_like(x)))
@@ -599,6 +665,10 @@ class NonNegative(Constraint):
 @dataclass(frozen=True)
 class Box(Constraint):
     """Hold every entry between `low` and `high`: w ← min(max(w, low), high).
+
+    A bound that the dtype of the weights has is in the set. Another bound is rounded into the set, so in bfloat16 the
+    entries of `Box(0.1, 1.0)` end between 0.10009765625 and 1. Below the smallest normal number only 0 counts as a
+    number of float32, bfloat16 and float64, because XLA reads the subnormal ones as 0.
 
     Attributes:
         low: the smallest value of an entry, finite.
@@ -628,10 +698,17 @@ class Box(Constraint):
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         return projections.project_box(x, self.low, self.high, xp)
 
+    def rounding_interval(
+        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
+    ) -> tuple[float, float]:
+        return projections.box_ends(float_type(q), self.low, self.high)
+
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
+        # As the dtype has the bounds: a comparison with a Python number would round it, to the outside too.
+        least, most = (xp.full_like(x, end) for end in projections.box_ends(float_type(x), self.low, self.high))
         within = xp.where(xp.isnan(x), x, xp.zeros_like(x))
-        return xp.where(x < self.low, self.low - x, xp.where(x > self.high, x - self.high, within))
+        return xp.where(x < least, least - x, xp.where(x > most, x - most, within))
 
 
 def number(name: str, value: Scalar) -> Scalar:
@@ -712,6 +789,8 @@ def norms_of(x: Array, axes: tuple[int, ...], name: str, why: str, xp: ModuleTyp
     """
     xp = xp or array_namespace(x)
     norms = norm(x, axes, xp)
+    if 0 in x.shape:  # no entry that an update could move
+        return norms
     fine = xp.isfinite(norms) & (norms > 0)
     try:
         bad = int(xp.sum(xp.astype(~fine, xp.int32)))

@@ -13,7 +13,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from projgd.bands import Band
-from projgd.sums import Array, float_type, root, running_sum, scale, tree_sum
+from projgd.sums import FLOATS, Array, FloatType, float_type, root, running_sum, scale, tree_sum
 
 
 def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
@@ -78,7 +78,7 @@ def project_nonnegative(x: Array, xp: ModuleType | None = None) -> Array:
 def project_box(x: Array, low: float, high: float, xp: ModuleType | None = None) -> Array:
     """Return the nearest array with every entry from `low` to `high`. NaN stays NaN.
 
-    Each bound is first moved inward by a unit of the dtype, so that rounding to it cannot end outside.
+    A bound that the dtype has is in the set. Another one is rounded into the set, see `box_ends`.
 
     Args:
         x: an array of any shape and of a floating-point dtype.
@@ -89,15 +89,44 @@ def project_box(x: Array, low: float, high: float, xp: ModuleType | None = None)
     Returns:
         The projected array.
 
+    Raises:
+        ValueError: bounds between which the dtype of `x` has no number.
+
     >>> import numpy as np
     >>> project_box(np.asarray([-3.0, 0.5, 2.0]), -1.0, 1.0)
     array([-1. ,  0.5,  1. ])
     """
     xp = xp or array_namespace(x)
-    kind = float_type(x)
-    least = xp.full_like(x, low + (abs(low) * kind.unit + 2 * kind.tiny if low else 0.0))
-    most = xp.full_like(x, high - (abs(high) * kind.unit + 2 * kind.tiny if high else 0.0))
+    least, most = (xp.full_like(x, end) for end in box_ends(float_type(x), low, high))
     return xp.where(x < least, least, xp.where(x > most, most, x))
+
+
+def box_ends(kind: FloatType, low: float, high: float) -> tuple[float, float]:
+    """Return the smallest and the largest number of a dtype between two bounds.
+
+    Args:
+        kind: the dtype.
+        low: the smallest value of an entry.
+        high: the largest value of an entry.
+
+    Returns:
+        Two numbers that the dtype has.
+
+    Raises:
+        ValueError: bounds between which the dtype has no number.
+
+    >>> from projgd.sums import FLOATS
+    >>> box_ends(FLOATS["float16"], 0.1, 1e6)
+    (0.10003662109375, 65504.0)
+    """
+    least, most = kind.round_up(low), kind.round_down(high)
+    if least > most:
+        name = next(name for name, known in FLOATS.items() if known is kind)
+        raise ValueError(
+            f"no {name} lies between low={low} and high={high} (below {kind.smallest:.0e} only 0 counts): move the "
+            "bounds apart, or take a wider dtype"
+        )
+    return least, most
 
 
 def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:

@@ -64,12 +64,14 @@ def first_match(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, T | N
     for pattern in rules:
         matched = [name for name in names if matches(pattern, name)]
         if not matched:
-            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
-            raise ValueError(f"the rule {pattern!r} matches no parameter; the nearest names are {', '.join(near)}")
+            below = next((sep for sep in "./" if any(name.startswith(pattern + sep) for name in names)), None)
+            meant = f"did you mean {pattern + below + '*'!r}? The" if below else "the"
+            near = ", ".join(difflib.get_close_matches(pattern, names, n=5, cutoff=0.0))
+            raise ValueError(f"the rule {pattern!r} matches no parameter; {meant} nearest names are {near}")
         if pattern != "*" and pattern not in first.values():
             before = ", ".join(dict.fromkeys(repr(first[name]) for name in matched))
             raise ValueError(
-                f"the rule {pattern!r} says nothing: the first match wins, and {before} before it takes all that it "
+                f"the rule {pattern!r} has no effect: the first match wins, and {before} before it takes all that it "
                 f"matches, such as {matched[0]!r}. Put it first, or leave it out"
             )
     return {name: None if pattern is None else rules[pattern] for name, pattern in first.items()}
@@ -85,15 +87,21 @@ def refuse_idle(rules: Rules, held: Mapping[str, bool]) -> None:
     Raises:
         ValueError: a rule that is the first match only of parameters without such vectors.
     """
-    first = _first(rules, held)
+    owned = own_names(rules, held)
     for pattern, constraint in rules.items():
-        own = [name for name in held if first[name] == pattern]
+        own = owned[pattern]
         rest = pattern == "*" and len(rules) > 1
         if constraint is not None and own and not rest and not any(held[name] for name in own):
             raise ValueError(
                 f"the rule {pattern!r} applies only to parameters without a fan-in, such as {own[0]!r}: "
                 "give its constraint an explicit axis (None: the whole array is one vector), or leave it out"
             )
+
+
+def own_names(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return for each pattern the names of which it is the first match."""
+    first = _first(rules, names)
+    return {pattern: [name for name, found in first.items() if found == pattern] for pattern in rules}
 
 
 def matches(pattern: str, name: str) -> bool:

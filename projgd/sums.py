@@ -35,19 +35,60 @@ class FloatType:
         tiny: the absolute error of rounding near zero, whether subnormal numbers are flushed or not.
         compute: the name of the dtype that sums and products are taken in.
         free: how many squares an engine may add in any order; it has to add the rest of the sum more exactly.
+        spacing: the smallest distance between two numbers.
+        smallest: the smallest positive number that no arithmetic reads as 0; XLA reads a subnormal float32 as 0.
+        largest: the largest finite number.
     """
 
     unit: float
     tiny: float
     compute: str
     free: int
+    spacing: float
+    smallest: float
+    largest: float
+
+    def round_up(self, value: float) -> float:
+        """Return the smallest number of the dtype that is not below `value`; infinity if there is none.
+
+        A subnormal number that some arithmetic reads as 0 does not count as a number of the dtype.
+
+        Args:
+            value: a finite number.
+
+        Returns:
+            The number, as a float.
+
+        >>> FLOATS["bfloat16"].round_up(0.1), FLOATS["bfloat16"].round_up(0.5)
+        (0.10009765625, 0.5)
+        """
+        if -self.smallest < value < self.smallest:
+            return self.smallest if value > 0 else 0.0
+        mantissa, exponent = math.frexp(value)
+        step = max(exponent + math.frexp(self.unit)[1] - 1, math.frexp(self.spacing)[1] - 1)  # both are 2^(e - 1)
+        rounded = math.ldexp(math.ceil(math.ldexp(mantissa, exponent - step)), step)
+        return max(rounded, -self.largest) if rounded <= self.largest else math.inf
+
+    def round_down(self, value: float) -> float:
+        """Return the largest number of the dtype that is not above `value`; see `round_up`.
+
+        Args:
+            value: a finite number.
+
+        Returns:
+            The number, as a float; minus infinity if there is none.
+
+        >>> FLOATS["bfloat16"].round_down(0.1), FLOATS["bfloat16"].round_down(0.5)
+        (0.099609375, 0.5)
+        """
+        return -self.round_up(-value)
 
 
 FLOATS = {
-    "float64": FloatType(2.0**-53, 2.0**-1022, "float64", 4096),
-    "float32": FloatType(2.0**-24, 2.0**-126, "float32", 60),
-    "bfloat16": FloatType(2.0**-8, 2.0**-126, "float32", 60),
-    "float16": FloatType(2.0**-11, 2.0**-25, "float32", 60),
+    "float64": FloatType(2.0**-53, 2.0**-1022, "float64", 4096, 2.0**-1074, 2.0**-1022, math.ldexp(1 - 2.0**-53, 1024)),
+    "float32": FloatType(2.0**-24, 2.0**-126, "float32", 60, 2.0**-149, 2.0**-126, math.ldexp(1 - 2.0**-24, 128)),
+    "bfloat16": FloatType(2.0**-8, 2.0**-126, "float32", 60, 2.0**-133, 2.0**-126, math.ldexp(1 - 2.0**-8, 128)),
+    "float16": FloatType(2.0**-11, 2.0**-25, "float32", 60, 2.0**-24, 2.0**-24, 65504.0),
 }
 
 
@@ -121,7 +162,9 @@ def scale(x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array
     # XLA multiplies by the reciprocal, which is 0 for the largest numbers, and it flushes subnormal numbers to 0.
     level = xp.where(r > 1, xp.full_like(r, 2.0**-8), xp.where(r < 2.0**-64, xp.full_like(r, 2.0**64), 1.0))
     divisor = xp.where(r * level > 0, r * level, xp.ones_like(r))
-    return x * level / xp.where(xp.isfinite(r), divisor, xp.full_like(r, math.nan)), r
+    # `jax_debug_nans` takes a constant NaN for an error. Divided by r itself, an infinite entry becomes NaN, too.
+    broken = r if is_jax_namespace(xp) else xp.full_like(r, math.nan)
+    return x * level / xp.where(xp.isfinite(r), divisor, broken), r
 
 
 def tree_sum(x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:

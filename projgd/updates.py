@@ -19,7 +19,7 @@ from array_api_compat import array_namespace, is_torch_array
 from projgd import axes as _axes
 from projgd.axes import Axis, Vectors
 from projgd.config import Configured
-from projgd.constraints import Constraint, positive
+from projgd.constraints import Constraint, number, positive
 from projgd.sums import Array, Measures, Scalar, float_type, measure
 
 
@@ -307,8 +307,10 @@ class RadialBrake(Update):
 
     def __post_init__(self) -> None:
         for name in ("outward", "inward"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is a share: pass a number from 0 to 1")
+            share = number(name, getattr(self, name))
+            if isinstance(share, float) and not 0 <= share <= 1:  # JAX may trace it
+                raise ValueError(f"{name}={share!r} is a share: pass a number from 0 to 1")
+            object.__setattr__(self, name, share)
         object.__setattr__(self, "axis", _axis(self.axis))
 
     def coefficients(self, m: Measures, lr: Scalar, xp: ModuleType) -> tuple[Scalar, Array]:
@@ -358,7 +360,9 @@ class MaxUpdate(Update):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", positive("ratio", self.ratio))
-        if self.floor is not None and not 0 <= self.floor <= self.ratio:
+        if self.floor is not None:
+            object.__setattr__(self, "floor", number("floor", self.floor))
+        if isinstance(self.floor, float) and isinstance(self.ratio, float) and not 0 <= self.floor <= self.ratio:
             raise ValueError(f"floor={self.floor!r} must lie between 0 and ratio={self.ratio}")
         object.__setattr__(self, "axis", _axis(self.axis))
 

@@ -2,9 +2,10 @@
 
 from projgd.optax.adaptive import Diagonal, ProjectedState, projected
 from projgd.optax.check import check_last
+from projgd.optax.declare import constrain, with_constraint
 from projgd.optax.projection import ProjectionState, apply_updates, maxnorm_projection, project, projection
 from projgd.optax.shaping import ShapingState, hyperball, max_update, radial_brake, relative_update, tangent_update
-from projgd.optax.tree import Constraints, Leaf, Schedule, SplitOver, find_leaves
+from projgd.optax.tree import Constraints, Leaf, Schedule, SplitOver, declared, find_leaves
 
 __all__ = [
     "Constraints",
@@ -17,6 +18,8 @@ __all__ = [
     "SplitOver",
     "apply_updates",
     "check_last",
+    "constrain",
+    "declared",
     "find_leaves",
     "hyperball",
     "max_update",
@@ -27,4 +30,5 @@ __all__ = [
     "radial_brake",
     "relative_update",
     "tangent_update",
+    "with_constraint",
 ]

@@ -134,11 +134,12 @@ def projected(
 
     def init(params: Any) -> ProjectedState:
         state = ProjectedState(inner.init(params), last.init(params))
-        if not callable(metric):
+        if not callable(metric) and jax.tree.leaves(params):  # `optax.tree_map_params` asks without parameters
             _check_found(state.inner, params, resolve_at(constraint, params, state.projection))
         return state
 
     def update(updates: Any, state: ProjectedState, params: Any = None, **extra: Any) -> tuple[Any, ProjectedState]:
+        updates = jax.tree.map(jnp.asarray, updates)  # Python numbers have no dtype
         moved, after = inner.update(updates, state.inner, params, **extra)
 
         def diagonal() -> Any:

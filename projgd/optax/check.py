@@ -10,21 +10,26 @@ import numpy as np
 import optax
 from optax import contrib
 
-from projgd.optax.projection import ProjectionState, project
-from projgd.optax.tree import Constraints, is_absent, resolve
+from projgd.optax.projection import ProjectionState, projection, resolve_at
+from projgd.optax.tree import Constraints, LeafConstraint, is_absent, map_leaves
+from projgd.optax.xla import project_leaf
 
 
-def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3) -> None:
+def check_last(
+    tx: optax.GradientTransformation, params: Any, constraint: Constraints, steps: int = 3, **extra: Any
+) -> None:
     """Raise an error if the parameters are not in the set after `optax.apply_updates` with the updates of `tx`.
 
-    A transformation cannot see what comes after it in a chain. So this takes a few steps that press outwards from the
-    boundary, on copies. Call it in a test, or once before a long run.
+    A transformation cannot see what comes after it in a chain. So this takes a few steps that press against the
+    boundary, on copies: outwards, and inwards for a set with a smallest norm or value. Call it in a test, or once
+    before a long run.
 
     Args:
         tx: the whole optimizer, for instance `optax.chain(optax.adam(1e-3), projection(constraint))`.
         params: the parameters, or others of their structure and shapes.
         constraint: the set that the parameters are to stay in.
-        steps: how many updates to try.
+        steps: how many updates to try in each direction.
+        **extra: what the optimizer's `update` needs besides, such as the `value` of `optax.polyak_sgd`.
 
     Raises:
         ValueError: a parameter ended outside; the message names it. Or a projection stands inside `schedule_free`,
@@ -39,9 +44,21 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
     Traceback (most recent call last):
     ValueError: kernel is outside ...
     """
-    leaves = resolve(constraint, params)
     outwards = jax.tree.map(lambda p: jnp.where(p < 0, -1, 1).astype(p.dtype), params)
-    weights = project(jax.tree.map(lambda p, o: p + o * _vary(p), params, outwards), constraint)
+    backwards = jax.tree.map(jnp.negative, outwards)
+    far = jax.tree.map(lambda p, o: p + o * _vary(p), params, outwards)
+    opposite = jax.tree.map(jnp.negative, far)  # beyond the other end of a set that is not around 0
+    near = jax.tree.map(lambda x: x * 2.0**-10 / max(x.size, 1) ** 0.5, far)  # below a smallest norm
+    # Steps to the boundary from anywhere in the set are rounded in many ways.
+    trials = ((far, outwards), (opposite, backwards), (near, backwards), (params, outwards), (params, backwards))
+    for start, towards in trials:
+        _press(tx, start, towards, resolve_at(constraint, start, projection(constraint).init(start)), steps, extra)
+
+
+def _press(tx: Any, start: Any, towards: Any, leaves: list[LeafConstraint | None], steps: int, extra: Any) -> None:
+    """Take steps in a direction from the projection of `start`, and raise an error if one ends outside."""
+    update = optax.with_extra_args_support(tx).update
+    weights = _project(start, leaves)
     state = tx.init(weights)
     if any(_find(s.base_optimizer_state, ProjectionState) for s in _find(state, contrib.ScheduleFreeState)):
         raise ValueError(
@@ -49,9 +66,9 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
             "put it outside, optax.chain(schedule_free(...), projection(...))"
         )
     for step in range(steps):
-        updates, state = tx.update(jax.tree.map(jnp.negative, outwards), state, weights)
+        updates, state = update(jax.tree.map(jnp.negative, towards), state, weights, **extra)
         weights = optax.apply_updates(weights, updates)
-        inside = jax.tree.leaves(project(weights, constraint), is_leaf=is_absent)
+        inside = jax.tree.leaves(_project(weights, leaves), is_leaf=is_absent)
         for leaf, w, q in zip(leaves, jax.tree.leaves(weights, is_leaf=is_absent), inside, strict=True):
             if leaf and not np.array_equal(w, q, equal_nan=True):
                 distance = float(jnp.max(leaf.constraint.outside(leaf.view(w), leaf.vectors.axes, jnp)))
@@ -59,6 +76,11 @@ def check_last(tx: optax.GradientTransformation, params: Any, constraint: Constr
                     f"{leaf.name} is outside {leaf.constraint} by {distance:.2g} after step {step + 1}: put the "
                     "projection last in the chain, outside of wrappers that change its update"
                 )
+
+
+def _project(params: Any, leaves: list[LeafConstraint | None]) -> Any:
+    """Return the parameters projected by constraints that may have taken numbers from the initial weights."""
+    return map_leaves(lambda w, p, leaf: project_leaf(w, leaf, moved=False)[0], params, params, leaves)
 
 
 def _vary(p: Any) -> Any:

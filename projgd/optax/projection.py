@@ -10,11 +10,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from projgd.axes import Axis, Split
-from projgd.constraints import MaxNorm, positive
+from projgd.axes import Axis, Split, Stacked
+from projgd.constraints import Constraint, MaxNorm, positive
 from projgd.optax import tree
 from projgd.optax.tree import Constraints, LeafConstraint, Schedule, SplitOver, Transformation, is_absent
-from projgd.optax.xla import Turns, add_update, project_leaf, round_to_dtype, store_update, take_difference
+from projgd.optax.xla import Turns, add_update, project_leaf, reach, round_to_dtype, store_update
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeclaredRules:
+    """Hold what `projection(declared)` found at `init`, because not every training loop passes metadata to `update`.
+
+    Attributes:
+        rules: names and constraints; None, for the placeholder of `optax.tree_map_params`, equals all others.
+    """
+
+    rules: tuple[tuple[str, Any], ...] | None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeclaredRules) and (None in (self.rules, other.rules) or self.rules == other.rules)
+
+    def __hash__(self) -> int:
+        return 0
 
 
 class ProjectionState(NamedTuple):
@@ -24,10 +42,12 @@ class ProjectionState(NamedTuple):
         count: the number of updates so far, for schedules.
         initial: what sets took from the initial weights: a tree with the structure of the parameters, None where
             nothing is taken; None if no set takes anything.
+        declared: what was declared on the parameters; None but for `projection(declared)`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax's own states
     initial: Any = None
+    declared: DeclaredRules | None = None
 
 
 def maxnorm_projection(
@@ -80,7 +100,8 @@ def projection(constraint: Constraints | Schedule, split_over: SplitOver | None 
     Args:
         constraint: one for all parameters; rules `{pattern: constraint or None}` over names joined by `/`, where the
             first match wins and what none matches is free; a tree of constraints and None with the structure of the
-            parameters or of their upper part; or a function from the step (0, 1, …; traced) to one of those.
+            parameters or of their upper part; a function from the step (0, 1, …; traced) to one of those; or the
+            function `declared`, for what the model declares itself.
         split_over: only inside `jax.shard_map`: `{pattern: mesh axis}` for the parameters whose vectors are split over
             devices. With `jit` and `NamedSharding` there is nothing to say.
 
@@ -117,17 +138,23 @@ def make_projection(
         move: what changes a tree of updates; `leaves` are the constraints at this step, see `resolve_at`.
         constraint, split_over: as in `projection`.
     """
-    if not callable(constraint):
+    if not tree.is_schedule(constraint):
         tree.check_constraints(constraint)
 
     def init(params: Any) -> ProjectionState:
         state = ProjectionState(jnp.zeros((), jnp.int32))
         arrays = jax.tree.leaves(params, is_leaf=is_absent)
+        if constraint is tree.declared:
+            state = state._replace(declared=DeclaredRules(tuple(tree.declared(params).items()) if arrays else None))
+        if not arrays:  # `optax.tree_map_params` asks with a placeholder which parts of a state are like parameters
+            sets = jax.tree.leaves(_constraints_at(state, constraint))
+            takes = any(isinstance(set_, Constraint) and set_.takes_initial for set_ in sets)
+            return state._replace(initial=jnp.zeros(())) if takes else state
         leaves = resolve_at(constraint, params, state, split_over)
-        initial = [
-            leaf and leaf.constraint.initial(leaf.view(p), leaf.vectors.axes, leaf.name, jnp)
-            for p, leaf in zip(arrays, leaves, strict=True)
-        ]
+        initial = [_take_initial(leaf, p) for p, leaf in zip(arrays, leaves, strict=True)]
+        for p, leaf in zip(arrays, leaves, strict=True):
+            if leaf and type(leaf.constraint).rounding_interval is Constraint.rounding_interval:
+                leaf.constraint.rounding_interval(p, p, jnp.linalg.norm, jnp)  # raises the error, before any update
         taken = any(numbers is not None for numbers in initial)
         return state._replace(initial=tree.find_structure(params).unflatten(initial) if taken else None)
 
@@ -148,7 +175,7 @@ def resolve_at(
     Raises:
         TypeError, ValueError: as `projgd.optax.tree.resolve`.
     """
-    leaves = tree.resolve(constraint(state.count) if callable(constraint) else constraint, params, split_over)
+    leaves = tree.resolve(_constraints_at(state, constraint), params, split_over)
     if state.initial is None:
         return leaves
     initial = tree.find_structure(params).flatten_up_to(state.initial)
@@ -158,12 +185,29 @@ def resolve_at(
     ]
 
 
+def _constraints_at(state: ProjectionState, constraint: Constraints | Schedule) -> Constraints:
+    if state.declared is not None and state.declared.rules:
+        return dict(state.declared.rules)
+    return constraint(state.count) if tree.is_schedule(constraint) else constraint
+
+
+def _take_initial(leaf: LeafConstraint | None, p: Any) -> Any:
+    """Return what a set takes from an initial parameter; its shape, if the parameter is a `jax.ShapeDtypeStruct`."""
+    if leaf is None:
+        return None
+
+    def take(p: Any) -> Any:
+        return leaf.constraint.initial(leaf.view(p), leaf.vectors.axes, leaf.name, jnp)
+
+    return jax.eval_shape(take, p) if isinstance(p, jax.ShapeDtypeStruct) else take(jnp.asarray(p))
+
+
 def project_update(
     u: jax.Array, p: jax.Array, leaf: LeafConstraint, project: Callable[[jax.Array, LeafConstraint], jax.Array]
 ) -> jax.Array:
     """Return the update that `optax.apply_updates` takes from p to project(p + u, leaf), rounding included."""
     q = round_to_dtype(project(add_update(p, store_update(u)), leaf))
-    return take_difference(q, p, jnp.promote_types(u.dtype, p.dtype))
+    return reach(q, p, leaf, jnp.promote_types(u.dtype, p.dtype))
 
 
 def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over: SplitOver | None = None) -> Any:
@@ -235,4 +279,4 @@ def project(params: Any, constraint: Constraints) -> Any:
 def _is_axis(axis: Any) -> bool:
     """Whether `axis` is one axis setting, not a tree of them."""
     ints = axis if isinstance(axis, (tuple, list)) else (axis,)
-    return axis is None or isinstance(axis, (str, Split)) or all(hasattr(a, "__index__") for a in ints)
+    return axis is None or isinstance(axis, (str, Split, Stacked)) or all(hasattr(a, "__index__") for a in ints)

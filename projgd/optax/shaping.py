@@ -14,6 +14,7 @@ from projgd.axes import Axis
 from projgd.constraints import Sphere, norms_of
 from projgd.optax.projection import projection
 from projgd.optax.tree import LeafConstraint, Transformation, find_leaves, is_absent, map_leaves, resolve_leaf
+from projgd.sums import float_type
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 
@@ -61,7 +62,7 @@ def relative_update(learning_rate: Any, axis: Axis = "matrix", *, flip_sign: boo
     def rate(count: jax.Array) -> Any:
         return learning_rate(count) if callable(learning_rate) else learning_rate
 
-    return _shaping(RelativeUpdate(axis), rate, lambda u, lr: u * jnp.asarray(sign * lr, u.dtype), sign)
+    return _shaping(RelativeUpdate(axis), rate, lambda u, lr: u * jnp.asarray(sign * lr, jnp.result_type(u)), sign)
 
 
 def tangent_update(axis: Axis = "matrix") -> Transformation:
@@ -197,7 +198,7 @@ def _shaping(
 
     def init(params: Any) -> ShapingState:
         for p, leaf in zip(jax.tree.leaves(params, is_leaf=is_absent), _resolve(shaping, params), strict=True):
-            if leaf is not None and shaping.needs_norm:
+            if leaf is not None and shaping.needs_norm and not isinstance(p, jax.ShapeDtypeStruct):
                 norms_of(leaf.view(p), leaf.vectors.axes, leaf.name, f"{shaping} needs one", jnp)
         return ShapingState(jnp.zeros((), jnp.int32))
 
@@ -207,8 +208,10 @@ def _shaping(
             raise ValueError("a shaping needs the parameters: call tx.update(grads, state, params)")
         lr = rate(state.count)
 
-        def shape(u: Any, p: Any, leaf: LeafConstraint) -> Any:
-            return shaping.shape(sign * leaf.view(u), leaf.view(p), lr, leaf.vectors.axes, jnp).reshape(p.shape)
+        def shape(u: jax.Array, p: jax.Array, leaf: LeafConstraint) -> jax.Array:
+            rate = jnp.asarray(lr, float_type(p).compute) if hasattr(lr, "dtype") else lr
+            shaped: jax.Array = shaping.shape(sign * leaf.view(u), leaf.view(p), rate, leaf.vectors.axes, jnp)
+            return shaped.reshape(p.shape).astype(u.dtype)  # wrappers such as `optax.apply_if_finite` need the same
 
         shaped = map_leaves(shape, updates, params, _resolve(shaping, params), lambda u: free(u, lr))
         return shaped, ShapingState(optax.safe_increment(state.count))
@@ -224,7 +227,10 @@ def _find_decayed(inner: optax.GradientTransformation, params: Any, axis: Axis) 
     """Names of the matrices that `inner` moves without a gradient, found with a small tree of the same structure."""
     with jax.ensure_compile_time_eval():
         small = jax.tree.map(lambda p: jnp.ones([min(n, 2) for n in jnp.shape(p)]), params)
-        updates, _ = inner.update(jax.tree.map(jnp.zeros_like, small), inner.init(small), small)
+        try:
+            updates, _ = inner.update(jax.tree.map(jnp.zeros_like, small), inner.init(small), small)
+        except TypeError:  # it needs more than gradients, as `optax.polyak_sgd` does
+            return []
         moves = [not is_absent(u) and bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates, is_leaf=is_absent)]
     leaves = _resolve(RelativeUpdate(axis), params)
     return [leaf.name for leaf, m in zip(leaves, moves, strict=True) if leaf and m]

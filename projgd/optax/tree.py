@@ -7,14 +7,16 @@ A neuron's fan-in is every weight that an output unit, before its activation, de
   token, the kernels of attention have heads, and `Dense_0` is a dense layer.
 * *A bias beside a kernel* has the shape of the outputs: the axes of the kernel that the bias lacks enter the neuron.
   This settles DenseGeneral, Einsum, transposed kernels, and layers stacked by `nn.scan`.
+* *Partition names* such as `("layers", "embed", "mlp")`, which `nn.scan` and `nnx.vmap` write, name stacked layers.
 
-Where a tree tells none of that, every axis but the last enters the neuron.
+Where a tree tells none of that, every axis but the last enters the neuron, with a warning from three axes on.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeGuard
@@ -24,14 +26,14 @@ import jax.numpy as jnp
 import optax
 
 from projgd import axes, rules
-from projgd.axes import Vectors
+from projgd.axes import Axis, Stacked, Vectors
 from projgd.constraints import Constraint
 from projgd.sums import float_type
 from projgd.updates import Update
 
 Constraints = Constraint | rules.Rules | Any
-"""A constraint; rules {pattern: constraint or None}; or a tree of constraints and None (free) with the structure of
-the parameters or of their upper part."""
+"""A constraint; rules {pattern: constraint or None}; a tree of constraints and None (free) with the structure of the
+parameters or of their upper part; or the function `declared`, for what is declared on the parameters."""
 
 Schedule = Callable[[Any], Constraints]
 """A function from the step (0, 1, …; traced) to constraints."""
@@ -44,11 +46,31 @@ SplitOver = Mapping[str, str | tuple[str, ...]]
 FanIn = tuple[int, ...] | None
 """Axes (counted from the end, all negative) over which one neuron's norm is taken; None for a leaf without one."""
 
+DECLARED = "constraint"
+"""The key of a constraint in the metadata of an nnx Variable, and the attribute of a box of linen."""
+
 _BIASES = ("bias", "b")
+_STACKS = {"layer", "layers", "block", "blocks", "stack", "repeat", "scan", "vmap", "expert", "experts"}
 _FREE = re.compile(r"bias|b|bias_.*|scale|offset")
 _ONE_VECTOR_PER_TOKEN = re.compile(r".*embeddings?")
 _ATTENTION = {"query", "key", "value", "out"}
-_EQUINOX_MATRICES = ("Linear", "Embedding", "LSTMCell", "GRUCell")
+_MATRICES = ("Linear", "Embedding", "LSTMCell", "GRUCell")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the axes of one parameter are to its layer.
+
+    Attributes:
+        fan_in: the axes that enter one neuron, counted from the end; None for a parameter without a fan-in.
+        ndim: the number of axes of one layer, at the end; the axes before them tell stacked layers apart. None where
+            nothing tells it.
+        guess: the layout in which the parameter is read if nothing in the tree tells it; otherwise None.
+    """
+
+    fan_in: FanIn
+    ndim: int | None = None
+    guess: axes.Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +80,40 @@ class Leaf:
     Attributes:
         name: its keys joined by `/`.
         array: the parameter.
-        fan_in: the axes that enter one neuron, counted from the end; None for a parameter without a fan-in.
+        layout: what its axes are.
+        declared: the constraints that are declared on it, none or one; None in it stands for a free parameter.
     """
 
     name: str
     array: Any
-    fan_in: FanIn
+    layout: Layout
+    declared: tuple[Constraint | None, ...] = ()
+
+    @property
+    def fan_in(self) -> FanIn:
+        """The axes that enter one neuron, counted from the end; None for a parameter without a fan-in."""
+        return self.layout.fan_in
+
+    def vectors(self, axis: Axis) -> Vectors | None:
+        """Return the vectors that an axis means here; None if the parameter has none.
+
+        Raises:
+            ValueError: an axis that the parameter does not have.
+        """
+        shape = tuple(jnp.shape(self.array))
+        stacked, own = (axis.count, axis.axis) if isinstance(axis, Stacked) else (0, axis)
+        if own not in ("fan_in", "matrix"):
+            return axes.resolve(axis, shape, "out_last", self.name)
+        fan_in, ndim = self.fan_in, len(shape) - stacked
+        if self.layout.guess:
+            fan_in = _but_first(ndim) if self.layout.guess == "out_first" else _but_last(ndim)
+        elif not stacked and self.layout.ndim:
+            ndim = min(ndim, self.layout.ndim)
+        if ndim < 2 or (fan_in is None and self.layout.ndim == 1):
+            return None
+        if own == "matrix":
+            fan_in = tuple(range(-ndim, 0))
+        return axes.resolve(fan_in, shape, "out_last", self.name) if fan_in else None
 
 
 @dataclass(frozen=True)
@@ -92,14 +142,25 @@ class LeafConstraint:
 
 def check_constraints(constraints: Constraints) -> None:
     """Raise TypeError for what can be no `Constraints` of any parameters."""
+    if constraints is declared:
+        return
     found = jax.tree_util.tree_flatten_with_path(constraints, is_leaf=lambda node: node is None)[0]
     for path, value in found:
         if not isinstance(value, Constraint) and (value is not None or not path):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"{value!r}{where and f' at {where!r}'} is no constraint: pass one such as MaxNorm(4.0), rules such as "
-                "{'Dense_*/kernel': MaxNorm(4.0)}, or a tree of constraints and None"
+                f"{value!r}{where and f' at {where!r}'} is not a constraint: pass one such as MaxNorm(4.0), rules such "
+                "as {'Dense_*/kernel': MaxNorm(4.0)}, or a tree of constraints and None"
             )
+
+
+def is_schedule(constraints: Constraints | Schedule) -> TypeGuard[Schedule]:
+    """Return whether these are a function of the step. A tree of constraints may be callable, too, as modules are."""
+    return (
+        constraints is not declared
+        and callable(constraints)
+        and not any(isinstance(leaf, Constraint) for leaf in jax.tree.leaves(constraints))
+    )
 
 
 def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None = None) -> list[LeafConstraint | None]:
@@ -117,12 +178,20 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
         ValueError: a rule that matches nothing, only what others before it take, or nothing with a fan-in; a tree of
             another structure, an axis that a leaf does not have, a bare 1-D array under a fan-in constraint.
 
+    Warns:
+        UserWarning: one constraint for all that no parameter has a vector for; an array of three axes or more that may
+            be a stack of layers.
+
     >>> import jax.numpy as jnp
     >>> from projgd import MaxNorm
     >>> params = {"Dense_0": {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}}
     >>> [leaf and leaf.vectors for leaf in resolve({"*": MaxNorm(4.0)}, params)]
     [None, Vectors(shape=(4, 2), axes=(0,))]
     """
+    if constraints is declared:
+        constraints = declared(params)
+        if not constraints:
+            raise ValueError("no constraint is declared on the parameters: see projgd.optax.constrain, or pass one")
     check_constraints(constraints)
     leaves = find_leaves(params)
     names = [leaf.name for leaf in leaves if leaf]
@@ -130,11 +199,46 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
     if not _is_rules(constraints, params):
         if isinstance(constraints, Constraint) and leaves and leaves[0] and not leaves[0].name:
             _refuse_flat(constraints, leaves[0])
-        return [_resolve_split(*pair, over) for pair in zip(leaves, _spread(constraints, params), strict=True)]
+        resolved = [_resolve_split(*pair, over) for pair in zip(leaves, _spread(constraints, params), strict=True)]
+        if isinstance(constraints, Constraint) and names and not any(resolved):
+            warnings.warn(
+                f"{constraints} holds nothing: no parameter has a vector for it, such as {names[0]!r}. "
+                "axis=None makes each whole array one vector",
+                stacklevel=3,
+            )
+        return resolved
     chosen = rules.assign(constraints, names)
     resolved = [_resolve_split(leaf, chosen[leaf.name] if leaf else None, over) for leaf in leaves]
     rules.refuse_idle(constraints, {leaf.name: bool(r) for leaf, r in zip(leaves, resolved, strict=True) if leaf})
     return resolved
+
+
+def declared(params: Any) -> dict[str, Constraint | None]:
+    """Return the constraints that are declared on parameters, by name: rules, as `projection` takes them.
+
+    `projection(declared)` reads them when it is initialised. To change some, put rules before them:
+    `projection({"head/*": MaxNorm(2.0), **declared(params)})`.
+
+    Args:
+        params: a tree of parameters: an nnx module or its state, the variables of a linen module, an equinox module.
+
+    Returns:
+        The constraints; None for a parameter that is declared free.
+
+    Raises:
+        TypeError: a declaration that is not a constraint.
+
+    >>> from flax import nnx
+    >>> from projgd import MaxNorm
+    >>> init = nnx.with_metadata(nnx.initializers.lecun_normal(), constraint=MaxNorm(1.0))
+    >>> declared(nnx.Linear(3, 2, kernel_init=init, rngs=nnx.Rngs(0)))
+    {'kernel': MaxNorm(c=1.0, axis='fan_in')}
+    """
+    found = {leaf.name: leaf.declared[0] for leaf in find_leaves(params) if leaf and leaf.declared}
+    for name, own in found.items():
+        if own is not None and not isinstance(own, Constraint):
+            raise TypeError(f"{name} declares {own!r}, which is not a constraint: declare one such as MaxNorm(4.0)")
+    return found
 
 
 def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> LeafConstraint | None:
@@ -143,17 +247,19 @@ def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> L
     Raises:
         TypeError: an integer or complex dtype.
         ValueError: an axis that the parameter does not have.
+
+    Warns:
+        UserWarning: an array of three axes or more that may be a stack of layers.
     """
     if leaf is None or constraint is None:
         return None
-    shape = tuple(jnp.shape(leaf.array))
-    if constraint.axis == "fan_in":
-        vectors = axes.resolve(leaf.fan_in, shape, "out_last", leaf.name) if leaf.fan_in else None
-    else:
-        vectors = constraint.resolve(shape, "out_last", leaf.name)
+    axis = constraint.axis_beside(None) if isinstance(constraint, Update) else constraint.axis
+    vectors = leaf.vectors(axis)
     if vectors is None:
         return None
-    float_type(jnp.asarray(leaf.array), leaf.name)
+    if leaf.layout.guess and axis in ("fan_in", "matrix"):
+        _warn_of_guess(leaf, axis)
+    float_type(jax.eval_shape(jnp.asarray, leaf.array), leaf.name)  # a number has no dtype, a shape is no array
     return LeafConstraint(leaf.name, constraint, vectors)
 
 
@@ -177,7 +283,7 @@ def map_leaves(
             return free(u)
         if jnp.shape(u) != jnp.shape(p):
             raise ValueError(f"{leaf.name} has shape {jnp.shape(p)}, but its update has {jnp.shape(u)}")
-        return f(u, p, leaf)
+        return f(jnp.asarray(u), jnp.asarray(p), leaf)  # Python numbers have no dtype
 
     check_structure(updates, params)
     return jax.tree.map(one, updates, params, find_structure(params).unflatten(leaves), is_leaf=is_absent)
@@ -267,31 +373,80 @@ def _leaf(params: Any, path: tuple[Any, ...], array: Any) -> Leaf:
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     box = next((i for i, node in enumerate(nodes) if _is_box(node)), None)  # no place of its own, as in kernel/value
     trained = True
+    boxed = nodes[box] if box is not None else None
     if box is not None and names:
         trained = not _is_a(nodes[box], "flax", "Variable") or _is_a(nodes[box], "flax", "Param")
         nodes, names = nodes[:box], names[:box]
-    return Leaf("/".join(names), array, _fan_in(nodes, names, tuple(jnp.shape(array))) if trained else None)
+    if not trained:
+        return Leaf("/".join(names), array, Layout(None, 1))
+    layout = _layout(nodes, names, tuple(jnp.shape(array)))
+    if layout.guess and box is not None:
+        layout = _from_partition_names(boxed) or layout
+    return Leaf("/".join(names), array, layout, _find_declared(nodes, names, boxed))
 
 
-def _fan_in(nodes: list[Any], names: list[str], shape: tuple[int, ...]) -> FanIn:
+def _find_declared(nodes: list[Any], names: list[str], box: Any) -> tuple[Constraint | None, ...]:
+    """Return what the box of a parameter declares, or else the innermost equinox module around it."""
+    said = box.get_metadata() if hasattr(box, "get_metadata") else vars(box) if hasattr(box, "__dict__") else {}
+    if DECLARED in said:
+        return (said[DECLARED],)
+    for i in reversed(range(len(nodes))):
+        own = getattr(nodes[i], "constraints", None) if _is_a(nodes[i], "equinox", "Module") else None
+        if isinstance(own, Mapping):
+            first = next((pattern for pattern in own if rules.matches(pattern, "/".join(names[i:]))), None)
+            if first is not None:
+                return (own[first],)
+    return ()
+
+
+def _layout(nodes: list[Any], names: list[str], shape: tuple[int, ...]) -> Layout:
     ndim = len(shape)
-    if ndim < 2 or not names:
-        return _but_last(ndim) if ndim > 1 else None
+    if ndim < 2:
+        return Layout(None, 1)
+    if not names:
+        return Layout(_but_last(ndim))
     if _FREE.fullmatch(names[-1]) or names[0] == "batch_stats":
-        return None
+        return Layout(None, 1)
     module = next((i for i in reversed(range(len(nodes))) if _is_a(nodes[i], "equinox", "Module")), None)
     if module is not None and not hasattr(nodes[-1], "keys"):
         return _equinox(nodes[module], names[module], ndim)
-    if _is_a(nodes[-1], "flax", "Module") and (known := _nnx(nodes[-1], ndim)):
+    if _is_a(nodes[-1], "flax", "Module") and (known := _nnx(nodes[-1], names[-1])):
         return known
     if _ONE_VECTOR_PER_TOKEN.fullmatch(names[-1]):
-        return (-1,)
+        return Layout((-1,), 2)
     layer = names[-2] if len(names) > 1 else ""
     if ndim > 2 and layer in _ATTENTION and _children(nodes[-2]).keys() >= _ATTENTION:
-        return (-3, -2) if layer == "out" else (-3,)
+        return Layout((-3, -2) if layer == "out" else (-3,), 3)
     if re.fullmatch(r"(Dense|ConvLocal)_\d+", layer):
-        return (-2,)
-    return _beside_bias(nodes[-1], shape) or _but_last(ndim)
+        return Layout((-2,), 2 if layer.startswith("Dense") else None)
+    if fan_in := _beside_bias(nodes[-1], shape):
+        before = next(a for a in range(ndim) if a - ndim in fan_in)  # axes that the bias has at its start
+        return Layout(fan_in, ndim - before if ndim - before > 1 else None)
+    return Layout(_but_last(ndim), None, "out_last" if ndim > 2 and "conv" not in "".join(names[-2:]).lower() else None)
+
+
+def _from_partition_names(box: Any) -> Layout | None:
+    """Return the layout of a kernel whose first axes are named after stacked layers, as by `nn.PARTITION_NAME`."""
+    said = box.get_metadata() if hasattr(box, "get_metadata") else {}
+    names = getattr(box, "names", None) or said.get("out_sharding") or said.get("sharding_names") or ()
+    count = next((i for i, name in enumerate(names) if name not in _STACKS), len(names))
+    ndim = len(names) - count
+    return Layout(_but_last(ndim), ndim) if count and ndim > 1 else None
+
+
+def _warn_of_guess(leaf: Leaf, axis: Axis) -> None:
+    shape = tuple(jnp.shape(leaf.array))
+    if axis == "matrix":
+        read, stacked, whole = "one matrix", 'Stacked("matrix")', None
+    else:
+        assert leaf.fan_in is not None
+        whole = tuple(a + len(shape) for a in leaf.fan_in)
+        read, stacked = f"one layer with the axes {whole} entering a neuron", "Stacked()"
+    warnings.warn(
+        f"{leaf.name} has shape {shape} and no bias or layer type tells how: it is read as {read}. If its first axis "
+        f"counts layers, heads or experts, pass axis={stacked}; if not, axis={whole} says so",
+        stacklevel=3,
+    )
 
 
 def _but_last(ndim: int) -> FanIn:
@@ -302,28 +457,34 @@ def _but_first(ndim: int) -> FanIn:
     return tuple(range(1 - ndim, 0))
 
 
-def _equinox(module: Any, name: str, ndim: int) -> FanIn:
-    """Return the fan-in in (out, in, *kernel), which transposed convolutions have too; vmapped axes come before."""
-    if any(_is_a(module, "equinox.nn", kind) for kind in _EQUINOX_MATRICES):
-        return (-1,)
+def _equinox(module: Any, name: str, ndim: int) -> Layout:
+    """Return the layout (out, in, *kernel), which transposed convolutions have too; vmapped axes come before."""
+    if any(_is_a(module, "equinox.nn", kind) for kind in _MATRICES):
+        return Layout((-1,), 2)
     if _is_a(module, "equinox.nn", "Conv") or _is_a(module, "equinox.nn", "ConvTranspose"):
-        return _but_first(module.num_spatial_dims + 2)
+        return Layout(_but_first(module.num_spatial_dims + 2), module.num_spatial_dims + 2)
     if type(module).__module__.startswith("equinox."):
-        return None  # norms, PReLU, states
-    return _but_first(ndim) if name.startswith("weight") else _but_last(ndim)
+        return Layout(None, 1)  # norms, PReLU, states
+    order: axes.Layout = "out_first" if name.startswith("weight") else "out_last"
+    return Layout(_but_first(ndim) if order == "out_first" else _but_last(ndim), None, order if ndim > 2 else None)
 
 
-def _nnx(module: Any, ndim: int) -> FanIn:
-    """Return the fan-in where only the attributes of an nnx module tell it."""
+def _nnx(module: Any, name: str) -> Layout | None:
+    """Return the layout where the attributes of an nnx module tell it."""
     if _is_a(module, "flax", "LinearGeneral"):
-        out = len(module.out_features)
-        return tuple(range(-out - len(module.in_features), -out))
+        into, out = len(module.in_features), len(module.out_features)
+        return Layout(tuple(range(-out - into, -out)), into + out)
     if _is_a(module, "flax", "Einsum"):
         kernel, outputs = re.fullmatch(r".*,(\w+)->(.*)", module.einsum_str.replace(" ", "")).groups()  # type: ignore[union-attr]
-        return tuple(i - len(kernel) for i, label in enumerate(kernel) if label not in outputs) or None
+        fan_in = tuple(i - len(kernel) for i, label in enumerate(kernel) if label not in outputs) or None
+        return Layout(fan_in, len(kernel))
     if _is_a(module, "flax", "ConvTranspose") and module.transpose_kernel:
-        return (*range(-len(module.kernel_shape), -2), -1)
-    return None
+        return Layout((*range(-len(module.kernel_shape), -2), -1), len(module.kernel_shape))
+    if (_is_a(module, "flax", "Conv") or _is_a(module, "flax", "ConvTranspose")) and name == "kernel":
+        return Layout(_but_last(len(module.kernel_shape)), len(module.kernel_shape))
+    if _is_a(module, "flax", "Linear") or _is_a(module, "flax", "LoRA"):
+        return Layout((-2,), 2)
+    return Layout((-1,), 2) if _is_a(module, "flax", "Embed") else None
 
 
 def _beside_bias(node: Any, shape: tuple[int, ...]) -> FanIn:

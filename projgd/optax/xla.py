@@ -154,6 +154,26 @@ class Turns:
         return y
 
 
+def reach(q: jax.Array, p: jax.Array, leaf: LeafConstraint, dtype: Any) -> jax.Array:
+    """Return the update from p to q in a dtype, or to a point of the set near q where p + d cannot be q.
+
+    Args:
+        q: the projected point.
+        p: the weights.
+        leaf: the parameter's constraint and vectors.
+        dtype: of the update.
+    """
+
+    def norm(x: jax.Array) -> jax.Array:
+        norms: jax.Array = root(_total(x * x, leaf), jnp)
+        return norms
+
+    views = leaf.view(q), leaf.view(p)
+    ends = leaf.constraint.rounding_interval(*views, norm, jnp)
+    least, most = (jnp.broadcast_to(jnp.asarray(x, q.dtype), views[0].shape).reshape(q.shape) for x in ends)
+    return take_difference(q, p, least, most, dtype)
+
+
 def add_update(p: Any, u: Any) -> jax.Array:
     """Return p + u as `optax.apply_updates` computes and rounds it."""
     return round_to_dtype(jnp.asarray(p + u).astype(jnp.asarray(p).dtype))
@@ -184,26 +204,36 @@ def store_update(u: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def take_difference(q: jax.Array, p: jax.Array, dtype: Any) -> jax.Array:
-    """Return d with |p + d| <= |q| entry by entry, and p + d = q wherever some d of `dtype` gives that.
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def take_difference(q: jax.Array, p: jax.Array, least: jax.Array, most: jax.Array, dtype: Any) -> jax.Array:
+    """Return d with p + d = q wherever some d of `dtype` gives that, and else with p + d beside q, in the interval.
 
-    q - p rounds, and p + (q - p) rounds again. Where that is not q, one step of d is enough
-    (`test_the_difference_is_added_without_error`). It is made of q and p alone, so that XLA holds no other copy.
+    Args:
+        q: the point to reach, from `least` to `most`.
+        p: the weights.
+        least: the smallest value that each entry of p + d may have.
+        most: the largest.
+        dtype: of the difference.
+
+    q - p rounds, and p + (q - p) rounds again. Where that is not q, it lies on one side of q, and with one step of d it
+    reaches q or lies on the other side, because rounding keeps the order: d and the next d have q - p between them. So
+    one of both is inside of every interval that ends at q, as a ball's does
+    (`test_the_difference_is_added_without_error`, `test_a_chain_ends_in_the_set`). It is made of q and p alone, so that
+    XLA holds no other copy.
     """
     wide = q.astype(dtype)
     zero = jnp.copysign(jnp.zeros_like(wide), wide)  # p = q may be infinite, and -0 + 0 is 0
     d = round_to_dtype(jnp.where(q == p, zero, wide - p.astype(dtype)))
     reached = add_update(p, d)
-    size = 8 * d.dtype.itemsize
-    bits, reached_bits = (jax.lax.bitcast_convert_type(x.astype(dtype), f"int{size}") for x in (d, reached))
-    away = ((bits ^ reached_bits) >> (size - 1)) | 1  # the step of d that makes |reached| larger: -1 if signs differ
-    step = jnp.where(jnp.abs(reached) > jnp.abs(q), -away, away)
+    towards_q = jnp.where((reached < q) == (d > 0), 1, -1)
+    bits = jax.lax.bitcast_convert_type(d, f"int{8 * d.dtype.itemsize}")
+    step = jnp.where((d == 0) | (reached == q), 0, towards_q).astype(bits.dtype)  # the bits before those of 0 are NaN
     next_d = jax.lax.bitcast_convert_type(bits + step, d.dtype)
-    return jnp.where((reached != q) & (jnp.abs(add_update(p, next_d)) <= jnp.abs(q)), next_d, d)
+    is_outside = (reached < least) | (reached > most)  # not so, if the point is NaN
+    return jnp.where(is_outside | (add_update(p, next_d) == q), next_d, d)
 
 
 @take_difference.defjvp
-def _derivative(dtype: Any, at: tuple[Any, Any], along: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+def _derivative(dtype: Any, at: tuple[Any, ...], along: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     """The derivative of q - p, which that of the bits is not (`test_a_step_has_the_derivative_of_the_formula`)."""
     return take_difference(*at, dtype), along[0].astype(dtype) - along[1].astype(dtype)

@@ -16,10 +16,10 @@ from projgd.torch.classes import (
     ProjectedRprop,
     ProjectedSGD,
     ProjectedSparseAdam,
+    hyperball,
 )
 from projgd.torch.hooks import project_after_step
-from projgd.torch.hyperball import hyperball
-from projgd.torch.layers import param_groups
+from projgd.torch.layers import constrain, declared, param_groups, unconstrain
 from projgd.torch.metrics import register_metric
 from projgd.torch.optimizers import Projected, projected
 from projgd.torch.routing import Choice, Routes
@@ -43,9 +43,12 @@ __all__ = [
     "ProjectedSGD",
     "ProjectedSparseAdam",
     "Routes",
+    "constrain",
+    "declared",
     "hyperball",
     "param_groups",
     "project_after_step",
     "projected",
     "register_metric",
+    "unconstrain",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ Chosen = list[list[Constraint | None]]
 
 def project_after_step(
     optimizer: Optimizer,
-    constraint: Constraint | Rules,
+    constraint: Constraint | Rules | None,
     model: torch.nn.Module | None = None,
     *,
     without_grad: bool = False,
@@ -33,7 +34,8 @@ def project_after_step(
 
     Args:
         optimizer: any optimizer; its state and its param groups do not change.
-        constraint: one constraint for all its parameters, or rules over their names.
+        constraint: one constraint for all its parameters, or rules over their names; None, beside `model`, for what is
+            declared on the model, see `constrain`.
         model: the module that gives the names and the axes of each layer, see `param_groups`. Parameters of the
             optimizer that are not in it are free. Default None: the names are those that the optimizer was given
             (`model.named_parameters()`), and a weight is read as (out, in, *kernel).
@@ -46,6 +48,9 @@ def project_after_step(
         TypeError: an object that is not an optimizer or not a constraint, or a parameter whose dtype has no projection.
         ValueError: a rule that matches or holds nothing, an axis that a parameter does not have, rules without names,
             or `Sphere("initial")`, whose radii only a `Projected` optimizer can keep.
+
+    Warns:
+        UserWarning: an optimizer with a `second_step`, as SAM has it, which may never call `step`.
 
     >>> from projgd import MaxNorm
     >>> layer = torch.nn.Linear(3, 2)
@@ -61,6 +66,12 @@ def project_after_step(
         raise TypeError(
             f"project_after_step() takes a torch.optim.Optimizer, not {type(optimizer).__name__}; "
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
+        )
+    if callable(getattr(optimizer, "second_step", None)):
+        warnings.warn(
+            f"only step() of {type(optimizer).__name__} is followed by the projection, not second_step(): for the form "
+            "in two steps pass the optimizer inside it, such as optimizer.base_optimizer",
+            stacklevel=2,
         )
     chosen = _choose(optimizer, constraint, model)
     seen: list[list[int]] = []  # empty, so that the first step checks again: the model may be wrapped before it
@@ -89,14 +100,14 @@ def project_after_step(
     return handle
 
 
-def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.nn.Module | None) -> Chosen:
+def _choose(optimizer: Optimizer, constraint: Constraint | Rules | None, model: torch.nn.Module | None) -> Chosen:
     """Return the constraint of each parameter, by its position in the param groups.
 
     Positions outlive tensors: a wrapper such as Accelerate's for FSDP2 later puts other tensors there.
     """
-    if not isinstance(constraint, (Constraint, Mapping)):
+    if not isinstance(constraint, (Constraint, Mapping)) and (model is None or constraint is not None):
         raise TypeError(
-            f"{constraint!r} is no constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
+            f"{constraint!r} is not a constraint: pass one such as MaxNorm(4.0), or rules: names to constraints"
         )
     named = [settings.named_params(group, i) for i, group in enumerate(optimizer.param_groups)]
     if model is not None:
@@ -104,9 +115,13 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
         of_tensor = {id(p): wanted[name] for name, p in model.named_parameters()}
         chosen = [[of_tensor.get(id(p)) for p in group.values()] for group in named]
         if not any(own is not None for constraints in chosen for own in constraints):
+            of_model = set(map(id, model.parameters()))
+            why = "Pass the model that the optimizer was made from"
+            if any(id(p) in of_model for group in named for p in group.values()):
+                why = "A set of norms needs weights with a fan-in; axis=None makes each whole tensor one vector"
             raise ValueError(
-                "nothing would be projected: the optimizer has none of the parameters of model= that the constraint "
-                "is for. Pass the model that the optimizer was made from"
+                "nothing would be projected: the optimizer has no parameter of model= that the constraint is for. "
+                f"{why}"
             )
     elif isinstance(constraint, Mapping):
         if not all("param_names" in group for group in optimizer.param_groups):
@@ -121,6 +136,9 @@ def _choose(optimizer: Optimizer, constraint: Constraint | Rules, model: torch.n
     held = _check(optimizer, chosen)
     if model is None and isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, held)
+    if model is None and isinstance(constraint, Constraint):
+        own = {"constraint": constraint, "c": constraint.moving_c}
+        settings.warn_if_idle(own, [{**group, **own} for group in optimizer.param_groups])
     return chosen
 
 

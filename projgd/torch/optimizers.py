@@ -7,10 +7,14 @@ A step adopts changed settings (only if a group has changed), runs the inner opt
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import io
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -20,22 +24,30 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.axes import Axis
 from projgd.constraints import Constraint
-from projgd.torch import metrics, routing, settings, shaping
-from projgd.torch.engines.base import Job
+from projgd.rules import Rules
+from projgd.torch import layers, metrics, routing, settings, shaping
+from projgd.torch.engines.base import PLAIN, Job
 from projgd.torch.engines.rows import forget_written_tables
 from projgd.torch.radii import KEY, Radii, check_saved
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
 
-# Schedulers, loggers and layer-wise decay keep these keys in a group, so they are not misspelt options.
-_FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "swa_lr", "min_lr", "max_lr", "lr_scale"}
-_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
-
 # This decorator sets the grad mode around the steps of torch.optim. It breaks a compiled graph on purpose, so
 # `_run_inner` calls the step without it there.
 _BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
 
-_NOT_GIVEN: Any = ...  # None is a value of several settings
+UNSET: Literal["unset"] = "unset"
+"""The default of `c=`, for which None says that there is no bound. Tools that read signatures pass it as it stands."""
+
+_DEFAULTS: dict[str, Any] = {
+    "axis": "fan_in",
+    "constraint": None,
+    "update": None,
+    "gradient": None,
+    "metric": "euclidean",
+}
+_DEFAULTS |= {"without_grad": False}
+
 _made: dict[type[Optimizer], type[Projected]] = {}
 
 
@@ -50,11 +62,13 @@ class Projected(Optimizer):
     changed there, like `lr`.
 
     Args:
-        params: tensors, `(name, tensor)` pairs or param groups, as torch.optim takes them; see also `param_groups`.
+        params: a `torch.nn.Module`, whose every layer is then read by its own fan-in, as by `param_groups`; or tensors,
+            `(name, tensor)` pairs or param groups, as torch.optim takes them, each read as (out, in, *kernel).
         *args, **kwargs: the options of the inner optimizer, such as `lr`.
-        c: the max-norm bound, short for `constraint=MaxNorm(c, axis)`; default None, no bound.
+        c: the max-norm bound, short for `constraint=MaxNorm(c, axis)`; None, as the default `"unset"`, is no bound.
         axis: the axes that make one vector, beside `c`; default `"fan_in"`.
-        constraint: the set that is projected onto; default None, which leaves the group free.
+        constraint: the set that is projected onto, or rules over the parameters' names, such as
+            `{"features.*": MaxNorm(3)}`; default None, which leaves the group free.
         update: how the inner optimizer's update is shaped before the projection; default None, no shaping.
         gradient: `"tangent"` removes from `p.grad`, in place, what would change the norm; default None.
         metric: `"euclidean"`, the default, projects in the plain norm; `"adaptive"` in the norm Σ D_i w_i² of the
@@ -75,6 +89,8 @@ class Projected(Optimizer):
 
     inner: ClassVar[type[Optimizer]]
     __signature__: ClassVar[inspect.Signature]  # help() shows this one
+    _is_stepping = True  # as while the constructor runs; `_watch` then watches nothing
+    _moved_by: str | None = None  # the method that has moved the weights since the last projection, see `_watch`
     _seen: tuple[Snapshot, ...] = ()  # a group that still equals its snapshot needs no check
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -90,23 +106,32 @@ class Projected(Optimizer):
         step: Any = _unwrap_step(cls.step)
         if step is not Projected.step and not hasattr(step, "projects"):
             cls.step = _project_after(step)  # type: ignore[method-assign]
+        for name in dir(cls.inner):
+            method = inspect.getattr_static(cls, name)
+            is_inner = inspect.isfunction(method) and method is inspect.getattr_static(cls.inner, name)
+            if is_inner and not (name.startswith("_") or hasattr(Optimizer, name) or name in ("train", "eval")):
+                setattr(cls, name, _watch(method))
 
     def __init__(
         self,
         params: Any,
         *args: Any,
-        c: float | Tensor | None = _NOT_GIVEN,
-        axis: Axis = _NOT_GIVEN,
-        constraint: Constraint | None = _NOT_GIVEN,
-        update: Update | None = _NOT_GIVEN,
-        gradient: Literal["tangent"] | None = _NOT_GIVEN,
-        metric: Literal["euclidean", "adaptive"] = _NOT_GIVEN,
-        without_grad: bool = _NOT_GIVEN,
+        c: float | Tensor | Literal["unset"] | None = UNSET,
+        axis: Axis = "fan_in",
+        constraint: Constraint | Rules | None = None,
+        update: Update | None = None,
+        gradient: Literal["tangent"] | None = None,
+        metric: Literal["euclidean", "adaptive"] = "euclidean",
+        without_grad: bool = False,
         engine: str | None = None,
         **kwargs: Any,
     ) -> None:
-        given = (c, axis, constraint, update, gradient, metric, without_grad)
-        own = {k: v for k, v in zip(settings.KEYS, given, strict=True) if v is not _NOT_GIVEN}
+        given = zip(_DEFAULTS, (axis, constraint, update, gradient, metric, without_grad), strict=True)
+        own: dict[str, Any] = {k: v for k, v in given if type(v) is not type(_DEFAULTS[k]) or v != _DEFAULTS[k]}
+        if not (isinstance(c, str) and c == UNSET):
+            own["c"] = c
+        is_module = isinstance(params, torch.nn.Module)
+        params, own = layers.read_params(as_list(params), own)
         self._inherited = settings.settle(own, {})
         self._radii = Radii(self)
         self._has_projected: bool | None = False  # as before the first step; None while a subclass's step runs
@@ -114,11 +139,15 @@ class Projected(Optimizer):
         if engine is not None and engine not in routing.NAMES:
             raise ValueError(f"engine={engine!r} is not known: pass one of {', '.join(routing.NAMES)}, or None")
         self._refuse_misspelt(kwargs)
-        params = as_list(params)
         super().__init__(params, *args, **kwargs)  # calls `add_param_group`, which checks every group and fills `_seen`
         self.defaults = {**self.defaults, **own}
         settings.refuse_lone_axis(own, self.param_groups)
         self._refuse_other_tensors(params)
+        said = [k for group in params if isinstance(group, Mapping) for k in group] if isinstance(params, list) else []
+        settings.warn_if_idle([*own, *said], self.param_groups)
+        if not is_module and "constraint" not in said:
+            layers.warn_of_declared(_all_params(self.param_groups))
+        self._is_stepping = False
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -129,8 +158,8 @@ class Projected(Optimizer):
                 `gradient`, `metric` and `without_grad`.
 
         Raises:
-            TypeError, ValueError: a setting that `projgd` or the optimizer cannot apply, or an unknown key. The group
-                is not added then.
+            TypeError, ValueError: a setting that `projgd` or the optimizer cannot apply, or an unknown key with nearly
+                the name of a setting. The group is not added then.
 
         >>> layer = torch.nn.Linear(3, 2)
         >>> opt = projected(torch.optim.SGD)([layer.weight], lr=0.1, c=4.0)
@@ -140,13 +169,9 @@ class Projected(Optimizer):
         """
         group = dict(param_group)
         group["params"] = as_list(group["params"])
-        known = {*settings.KEYS, *self.defaults, *_FOREIGN_KEYS}
-        # An optimizer without defaults keeps all its options in its groups, so no key can be called unknown.
-        if self.defaults.keys() - settings.KEYS and (unknown := sorted(set(group) - known)):
-            near = _suggest(unknown[0], known)
-            raise ValueError(
-                f"a param group has the unknown key {unknown[0]!r}{near}; known are {', '.join(sorted(known))}"
-            )
+        for key in group.keys() - {*settings.KEYS, *self.defaults}:  # loggers and optimizers keep others there
+            if near := _suggest(key, settings.KEYS, cutoff=0.75):
+                raise ValueError(f"a param group has the unknown key {key!r}{near}")
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
         named = settings.named_params(group, len(self.param_groups))
@@ -204,6 +229,34 @@ class Projected(Optimizer):
             self._run(work)
         return loss
 
+    def named_params(self) -> dict[str, Tensor]:
+        """Return all parameters by name; a parameter without a name has its place, "parameter 0 of group 1".
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> list(projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0).named_params())
+        ['weight', 'bias']
+        """
+        return {k: p for i, group in enumerate(self.param_groups) for k, p in settings.named_params(group, i).items()}
+
+    def constraints(self) -> dict[str, Constraint | None]:
+        """Return the constraint of every parameter by name, with the radii that were taken from it; None if it is free.
+
+        Raises:
+            TypeError, ValueError: a setting that was changed in a group and cannot be applied.
+
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> projected(torch.optim.SGD)(layer.named_parameters(), lr=0.1, c=4.0).constraints()["weight"]
+        MaxNorm(c=4.0, axis='fan_in')
+        """
+        self._adopt_changes()
+        found: dict[str, Constraint | None] = {}
+        for i, group in enumerate(self.param_groups):
+            own = settings.constraint_of(group)
+            for name, p in settings.named_params(group, i).items():
+                radius = None if own is None else self._radii.get(p)
+                found[name] = own if own is None or radius is None else own.bind(radius)
+        return found
+
     def routes(self, compiled: bool = False) -> routing.Routes:
         """Return the engine that projects each parameter, and why the engines before it in the table do not.
 
@@ -225,7 +278,7 @@ class Projected(Optimizer):
         may_step = not compiled and routing.may_step(self.inner, self.param_groups)
         found = routing.Routes()
         with self._grad_mode():
-            for i, job in enumerate(self._jobs({}, compiled)):
+            for i, job in enumerate(routing.mark_shared(self._jobs({}, compiled))):
                 for name, p in settings.named_params(job.group, i).items():
                     engine, refusals = routing.choose(job, p, may_step)
                     found[name] = routing.Choice(engine.name if engine else routing.FREE, refusals)
@@ -240,7 +293,8 @@ class Projected(Optimizer):
         def call(closure: Callable[[], Any] | None) -> Any:
             given = (optimizer, closure, *args) if args or closure is not None else (optimizer,)
             if not breaks_graphs:
-                return inner(*given, **kwargs)
+                with _stepping(optimizer):
+                    return inner(*given, **kwargs)
             with torch.set_grad_enabled(differentiable):
                 return inner.__wrapped__(*given, **kwargs)
 
@@ -263,7 +317,7 @@ class Projected(Optimizer):
         """Run the engines."""
         self._radii.note_step()
         routing.run(work)
-        self._has_projected = True
+        self._has_projected, self._moved_by = True, None
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
         jobs = self._jobs(kept, compiled := torch.compiler.is_compiling())
@@ -361,6 +415,8 @@ class Projected(Optimizer):
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             return
         for k in kwargs:
+            if k in ("max_norm", "maxnorm", "max_value") and k not in takes:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}: pass c={kwargs[k]}")
             if k not in takes and (near := _suggest(k, {*takes, *settings.KEYS})):
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}{near}")
 
@@ -398,6 +454,8 @@ class Projected(Optimizer):
         self._adopt_changes()
         self._radii.store()
         state = super().state_dict()
+        if "param_groups" not in state:  # some optimizers around another one save in a form of their own
+            return state
         groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
         if any(KEY in s for s in of_param.values() if isinstance(s, dict)):
             # torch.distributed.checkpoint takes a state of all parameters or of none
@@ -422,32 +480,61 @@ class Projected(Optimizer):
         >>> opt.param_groups[0]["lr"], opt.param_groups[0]["c"]
         (0.5, 4.0)
         """
+        if "param_groups" not in state_dict:
+            super().load_state_dict(state_dict)
+            return
         self._adopt_changes()
         waiting = {p: r for p in _all_params(self.param_groups) if (r := self._radii.get(p)) is not None}
-        saved, initial = state_dict["param_groups"], {}
-        if len(saved) == len(self.param_groups):  # otherwise torch refuses
-            plain, saved = saved, [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
-            for i, (s, group, present) in enumerate(zip(plain, saved, self.param_groups, strict=True)):
-                if settings.changed_keys(group, present) or settings.options_of(group) != settings.options_of(present):
-                    self._check({**present, **group, "params": present["params"]}, settings.named_params(present, i))
-                constraint = settings.constraint_of(group)
-                for k, (name, p) in zip(group["params"], settings.named_params(present, i).items(), strict=False):
-                    metrics.check_state(state_dict["state"].get(k, {}), group, self.inner)
-                    if KEY in state_dict["state"].get(k, {}):
-                        initial[k] = check_saved(constraint, p, state_dict["state"][k][KEY], name)
+        saved: list[dict[str, Any]] = []
+        initial: dict[int, Tensor] = {}
+
+        def read(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            saved.extend(self._read_groups(state_dict, initial))
+            for s, present in zip(state_dict["param_groups"], self.param_groups, strict=False):
                 if "constraint" in s:  # a projected optimizer's state without a radius: no step has moved the weights
                     for p in present["params"]:
                         waiting.pop(p, None)
-        # torch would round the radii to p.dtype
-        of_param = {i: {k: t for k, t in s.items() if k != KEY} for i, s in state_dict["state"].items()}
-        of_param = {i: s for i, s in of_param.items() if s}
-        super().load_state_dict({**state_dict, "state": of_param, "param_groups": saved})
-        self._radii.replace(waiting)
-        self._router.clear()
-        for index, p in zip(_all_params(saved), _all_params(self.param_groups), strict=True):
-            if index in initial:
-                self.state[p][KEY] = initial[index].to(p.device, copy=True)
-        self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
+            # torch would round the radii to p.dtype
+            own = {i: {k: v for k, v in state_dict["state"][i].items() if k != KEY} for i in initial}
+            of_param = {i: s for i, s in {**state_dict["state"], **own}.items() if i not in own or s}
+            return {**state_dict, "state": of_param, "param_groups": saved}
+
+        def finish(_: Optimizer) -> None:
+            self._radii.replace(waiting)
+            self._router.clear()
+            for index, p in zip(_all_params(saved), _all_params(self.param_groups), strict=True):
+                if index in initial:
+                    self.state[p][KEY] = initial[index].to(p.device, copy=True)
+            self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
+
+        # The user's hooks adapt a state before `read`, and see the loaded one after `finish`.
+        handles = [
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _read_groups(self, state_dict: dict[str, Any], initial: dict[int, Tensor]) -> list[dict[str, Any]]:
+        """Return the groups of a checkpoint with the settings as objects, checked; put its radii into `initial`."""
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            return list(saved)  # torch refuses them
+        groups = [settings.from_plain(s, g) for s, g in zip(saved, self.param_groups, strict=True)]
+        for i, (group, present) in enumerate(zip(groups, self.param_groups, strict=True)):
+            named = settings.named_params(present, i)
+            if settings.changed_keys(group, present) or settings.options_of(group) != settings.options_of(present):
+                self._check({**present, **group, "params": present["params"]}, named)
+            constraint = settings.constraint_of(group)
+            for k, (name, p) in zip(group["params"], named.items(), strict=False):
+                of_param = state_dict["state"].get(k, {})
+                metrics.check_state(of_param, group, self.inner)
+                if KEY in of_param:
+                    initial[k] = check_saved(constraint, p, of_param[KEY], name)
+        return groups
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what torch keeps, and the attributes that the inner class's constructor set.
@@ -456,7 +543,7 @@ class Projected(Optimizer):
         """
         self._adopt_changes()
         self._radii.store()
-        made_with = {k: vars(self)[k] for k in self._made_with}
+        made_with = {k: v if _can_be_pickled(v) else _Local(v) for k in self._made_with for v in [vars(self)[k]]}
         return {**super().__getstate__(), **made_with, "_made_with": self._made_with}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -516,6 +603,34 @@ def _make_blank(cls: type[Optimizer]) -> Projected:
     return made.__new__(made)
 
 
+class _Local:
+    """Hold a value that cannot be pickled, such as a lambda: a deep copy has the value, and a pickle has None."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.value, memo)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class _Probe(pickle.Pickler):
+    """Pickle without the tensors and the optimizer that a value holds."""
+
+    def persistent_id(self, x: Any) -> Any:
+        return "" if isinstance(x, (Tensor, Optimizer)) else None
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        _Probe(io.BytesIO()).dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
+
+
 def _all_params(groups: Iterable[dict[str, Any]]) -> list[Any]:
     """Return the parameters of all groups in one list."""
     return [p for group in groups for p in group["params"]]
@@ -526,8 +641,8 @@ def as_list(params: Any) -> Any:
     if isinstance(params, Mapping):
         own = params.get("params")
         return params if own is None or isinstance(own, set) else {**params, "params": as_list(own)}
-    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
-        return params  # torch raises a clear error for these
+    if isinstance(params, (Tensor, str, torch.nn.Module)) or not isinstance(params, Iterable):
+        return params  # a module is read by its layers; torch raises a clear error for the others
     return [as_list(p) if isinstance(p, Mapping) else p for p in params]
 
 
@@ -540,10 +655,10 @@ def _tensors(params: Any) -> list[Any]:
     return [t for p in params for t in _tensors(p)] if isinstance(params, list) else [params]
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
+def _suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a question that names the known word nearest to `word`; an empty string if none is near."""
-    near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near and abs(len(word) - len(near[0])) < 5 else ""
 
 
 def _signature(cls: type[Projected]) -> inspect.Signature:
@@ -572,7 +687,8 @@ def _project_after(step: Any) -> Any:
         groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
         versions = [p._version for p in _all_params(groups)]
         self._has_projected = None
-        loss = step(self, *args, **kwargs)
+        with _stepping(self):
+            loss = step(self, *args, **kwargs)
         if not self._has_projected:
             if [p._version for p in _all_params(groups)] != versions:
                 raise RuntimeError(
@@ -584,3 +700,52 @@ def _project_after(step: Any) -> Any:
 
     stepped.projects = True  # type: ignore[attr-defined]
     return stepped
+
+
+@contextlib.contextmanager
+def _stepping(optimizer: Any) -> Iterator[None]:
+    """Let the methods that a step calls move the weights."""
+    was, optimizer._is_stepping = optimizer._is_stepping, True
+    try:
+        yield
+    finally:
+        optimizer._is_stepping = was
+
+
+def _watch(method: Any) -> Any:
+    """Return a method of the inner class that raises an error if the weights are moved by methods instead of steps.
+
+    One move without a projection may be a perturbation, or an average for evaluation. The second, such as that of
+    `second_step` of SAM, shows that no step follows.
+    """
+
+    @functools.wraps(method)
+    def watched(self: Projected, *args: Any, **kwargs: Any) -> Any:
+        if self._is_stepping:
+            return method(self, *args, **kwargs)
+        held = [g for g in self.param_groups if g.get("c") is not None or g.get("constraint") is not None]
+        was, before = (self._has_projected, self._moved_by), [_place(p) for p in _all_params(held)]
+        self._has_projected = None
+        try:
+            result = method(self, *args, **kwargs)
+        finally:
+            has_projected = self._has_projected
+            self._has_projected = has_projected or was[0]
+        if has_projected or [_place(p) for p in _all_params(held)] == before:
+            return result
+        if was[1] is not None:
+            inner, call = self.inner.__name__, f"{was[1]}() and {method.__name__}()"
+            raise RuntimeError(
+                f"{call} of {inner} have moved the weights, and no step() has projected them: call step(closure) "
+                f"instead, or make {inner} itself and project after the optimizer inside it, as in "
+                "project_after_step(optimizer.base_optimizer, MaxNorm(4.0))"
+            )
+        self._moved_by = method.__name__
+        return result
+
+    return watched
+
+
+def _place(p: Tensor) -> tuple[int, int]:
+    """Return what changes if a parameter is written or gets other memory."""
+    return p._version, p.data_ptr() if type(p) in PLAIN else 0

@@ -6,6 +6,7 @@ gradient. The report asks about all: before the first backward pass it shows the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from projgd.torch import metrics
-from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike, reason_of_states
+from projgd.torch.engines.base import (
+    PLAIN,
+    STEPPED,
+    Engine,
+    Job,
+    form_of_gradients,
+    has_numbers,
+    is_alike,
+    reason_of_states,
+)
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
 from projgd.torch.engines.graph import Graph
-from projgd.torch.engines.ranks import Ranks
+from projgd.torch.engines.ranks import Ranks, is_dtensor
 from projgd.torch.engines.reference import Reference
 from projgd.torch.engines.rows import Rows
 from projgd.torch.engines.triton import Triton
@@ -115,7 +125,7 @@ def choose(job: Job, p: Tensor, may_step: bool) -> tuple[Engine | None, dict[str
         ValueError: the engine that the user names refuses the parameter.
     """
     refusals: dict[str, str] = {}
-    is_free = job.vectors(p) is None
+    is_free = not has_numbers(p) or job.vectors(p) is None
     for engine in ENGINES:
         if (is_free and not engine.steps) or (job.forced not in (None, engine.name)):
             continue
@@ -153,17 +163,47 @@ def make_routes(job: Job, may_step: bool) -> list[Route]:
     Returns:
         The routes, each with what its engine has prepared.
     """
-    taken: dict[Engine, list[Tensor]] = {}
+    taken: dict[tuple[Engine, int | None], list[Tensor]] = {}
     for p in job.params:
         if p.grad is not None or job.group["without_grad"]:
             engine, _ = choose(job, p, may_step and p.grad is not None)
             if engine is not None:
-                taken.setdefault(engine, []).append(p)
+                alone = id(p) if id(p) in job.shared else None
+                taken.setdefault((engine, alone), []).append(p)
     made = []
-    for engine, some in taken.items():
+    for (engine, _), some in taken.items():
         prepared = engine.prepare(job, some)
         made.append(Route(engine, some, prepared, None if job.compiled else engine.memory(job, some)))
     return made
+
+
+def mark_shared(jobs: Sequence[Job]) -> list[Job]:
+    """Return jobs that know which of their parameters share memory, as slices of one tensor do.
+
+    Args:
+        jobs: the jobs of all groups of an optimizer.
+
+    Returns:
+        The jobs. Parameters count as sharing if the ranges of their addresses overlap.
+    """
+    spans = sorted((*span, id(p)) for job in jobs for p in job.params if (span := _span(p)))
+    shared: set[int] = set()
+    furthest, holder = 0, 0
+    for start, end, i in spans:
+        if start < furthest:
+            shared |= {holder, i}
+        if end > furthest:
+            furthest, holder = end, i
+    return [dataclasses.replace(job, shared=frozenset(shared)) for job in jobs] if shared else list(jobs)
+
+
+def _span(p: Tensor) -> tuple[int, int] | None:
+    """Return the first address of a tensor on this rank and the one after its last; None if it has no memory."""
+    x = p.to_local() if is_dtensor(p) else p
+    if type(x) not in PLAIN or x.layout != torch.strided or not has_numbers(x):
+        return None
+    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()
 
 
 def may_step(inner: type[Optimizer], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -214,9 +254,10 @@ def rest_of(work: Iterable[tuple[Job, Route]], optimizer: Optimizer) -> Optimize
     if found_inf is not None and not all(g["fused"] for g in groups):
         if found_inf.item() > 0:
             return None
-        by = 1.0 if scale is None else float(scale.double().reciprocal().float())  # as GradScaler does
-        for grad in (p.grad for g in groups for p in g["params"] if p.grad is not None and by != 1):
-            grad.mul_(by)
+        factor = None if scale is None else float(scale.double().reciprocal().float())  # as GradScaler does
+        for p in (p for g in groups for p in g["params"]):
+            if p.grad is not None and factor is not None:
+                p.grad.mul_(factor)
         vars(view).update(found_inf=None, grad_scale=None)
     return view
 
@@ -297,6 +338,7 @@ class Router:
 
     def __init__(self) -> None:
         self._known: dict[int, _KnownRoutes] = {}
+        self._shared: frozenset[int] = frozenset()
 
     def clear(self) -> None:
         """Forget all routes, because settings or parameters have changed."""
@@ -312,13 +354,13 @@ class Router:
         Returns:
             Pairs of a job and a route.
         """
-        found = []
-        for i, job in enumerate(jobs):
-            known = self._known.get(i)
-            if known is None or not known.is_valid(job, may_step):
-                known = self._known[i] = _KnownRoutes.of(job, may_step)
-            found += [(job, route) for route in known.routes]
-        return found
+        stale = [i for i, job in enumerate(jobs) if i not in self._known or not self._known[i].is_valid(job, may_step)]
+        if stale:
+            marked = mark_shared(jobs)
+            if marked[0].shared != self._shared:
+                self._shared, stale = marked[0].shared, list(range(len(jobs)))
+            self._known |= {i: _KnownRoutes.of(marked[i], may_step) for i in stale}
+        return [(job, route) for i, job in enumerate(jobs) for route in self._known[i].routes]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -28,6 +29,9 @@ from projgd.metrics import NAMES
 from projgd.sums import float_type
 from projgd.torch.engines import ranks
 from projgd.updates import Update
+
+LONG_KERNEL = 32
+"""A tensor of three axes whose last two are this long is more likely a stack of matrices than a convolution."""
 
 KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad")
 
@@ -58,8 +62,8 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
     constraint_of(settings)  # making the constraint in force checks c, axis and constraint
     if settings["update"] is not None and not isinstance(settings["update"], Update):
         raise TypeError(
-            f"update={settings['update']!r} is no shaping: pass one such as RelativeUpdate(), or None, the update as "
-            "it comes"
+            f"update={settings['update']!r} is not a shaping of updates: pass one such as RelativeUpdate(), "
+            "or None for the update as it comes"
         )
     if settings["gradient"] not in (None, "tangent"):
         raise ValueError(f'gradient={settings["gradient"]!r} is not known: pass None or "tangent"')
@@ -247,8 +251,7 @@ def constraint_of(group: Mapping[str, Any]) -> Constraint | None:
         return None if c is None else MaxNorm(c, group["axis"])
     if not isinstance(constraint, Constraint):
         raise TypeError(
-            f"constraint={constraint!r} is no constraint: pass one such as MaxNorm(4.0); rules go through "
-            "param_groups(model, rules)"
+            f"constraint={constraint!r} is not a constraint: pass one such as MaxNorm(4.0); rules go to the constructor"
         )
     if c is None:
         return constraint if constraint.moving_c is None else None
@@ -304,6 +307,41 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             constraint.band(kind, vectors)  # raises an error for a bound that is too small for the dtype
         if ranks.is_dtensor(p):
             ranks.check_sharding(p, constraint, metric, name)
+
+
+def warn_if_idle(said: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if nothing will be projected, or if a stack may be read as one layer.
+
+    Args:
+        said: the keys that the user has passed, to the constructor or in any group.
+        groups: the param groups.
+
+    Warns:
+        UserWarning: no `c` and no `constraint`; constraints of which no parameter has a vector; a tensor of three axes
+            that is more likely a stack of matrices than a convolution.
+    """
+    if not set(said) & {"c", "constraint", "update", "gradient"}:
+        warnings.warn(
+            "nothing is projected: pass c=, such as c=4.0, or constraint=; c=None says that nothing should be",
+            stacklevel=4,
+        )
+    asked = [(constraint_of(g), named_params(g, i)) for i, g in enumerate(groups)]
+    found = [(own, name, p) for own, named in asked if own is not None for name, p in named.items()]
+    if found and all(own.resolve(tuple(p.shape), "out_first", name) is None for own, name, p in found):
+        own, name, p = found[0]
+        warnings.warn(
+            f"{own} holds nothing: no parameter has a vector for it, such as {name} of shape {tuple(p.shape)}. "
+            "axis=None makes each whole tensor one vector",
+            stacklevel=4,
+        )
+    for own, name, p in found:
+        if own.axis in ("fan_in", "matrix") and p.ndim == 3 and min(p.shape[1:]) >= LONG_KERNEL:
+            read, stacked = ("one matrix", '"matrix"') if own.axis == "matrix" else ("(out, in, kernel)", "")
+            warnings.warn(
+                f"{name} of shape {tuple(p.shape)} is read as {read}. If its first axis counts layers or experts, pass "
+                f"axis=Stacked({stacked}); if not, axis={None if own.axis == 'matrix' else (1, 2)} says so",
+                stacklevel=4,
+            )
 
 
 def moves_freely(constraint: Constraint | None) -> bool:
@@ -364,11 +402,12 @@ def to_plain(group: Mapping[str, Any]) -> dict[str, Any]:
         group: the param group.
 
     Returns:
-        A new dict. The constraint and the update are their `config`, a `Split` is a dict, a NumPy number is a float.
+        A new dict. The constraint and the update are their `config`, an axis that is a dataclass is a dict, a NumPy
+        number is a float.
     """
     c, axis = group["c"], group["axis"]
     plain = {k: None if group[k] is None else group[k].config() for k in ("constraint", "update")}
-    plain["axis"] = dataclasses.asdict(axis) if isinstance(axis, axes.Split) else axis
+    plain["axis"] = dataclasses.asdict(axis) if isinstance(axis, (axes.Split, axes.Stacked)) else axis
     return {**group, **plain, "c": c if type(c) in (int, float, torch.Tensor, type(None)) else positive("c", c)}
 
 

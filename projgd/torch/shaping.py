@@ -28,7 +28,7 @@ from projgd.constraints import Constraint, norms_of
 from projgd.sums import Measures, float_type, measures_of, norm
 from projgd.torch import settings
 from projgd.torch.engines import eager, ranks
-from projgd.torch.engines.base import is_alike
+from projgd.torch.engines.base import has_numbers, is_alike
 from projgd.updates import TangentUpdate, Update
 
 BLIND = (
@@ -101,7 +101,7 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
         vectors = settings.vectors_of_update(group, p, name)
         if vectors is None:
             continue
-        if update.needs_norm and not p.is_meta:
+        if update.needs_norm and has_numbers(p):
             norms_of(*_measurable(p, vectors, update.axis_beside(constraint)), name, f"{update} needs one", xp)
         if p.dtype in (torch.bfloat16, torch.float16) and reads_weights(inner, group):
             warnings.warn(
@@ -129,7 +129,7 @@ def take_initial(constraint: Constraint | None, named: Mapping[str, Tensor]) -> 
         return found
     for name, p in named.items():
         vectors = constraint.resolve(tuple(p.shape), "out_first", name)
-        if vectors is not None and not p.is_meta:
+        if vectors is not None and has_numbers(p):
             taken = constraint.initial(*_measurable(p, vectors, constraint.axis), name, xp)
             if taken is not None:
                 found[p] = taken
@@ -197,7 +197,7 @@ def _to_shape(group: Mapping[str, Any], all_of_them: bool) -> list[Tensor]:
     if group["update"] is None:
         return []
     moving = [p for p in group["params"] if all_of_them or p.grad is not None]
-    return [p for p in moving if settings.vectors_of_update(group, p) is not None]
+    return [p for p in moving if has_numbers(p) and settings.vectors_of_update(group, p) is not None]
 
 
 def _then_tangent(closure: Callable[[], Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
@@ -218,8 +218,7 @@ def _make_gradients_tangent(groups: Iterable[Mapping[str, Any]]) -> None:
         constraint = settings.constraint_of(group)
         if group["gradient"] is not None and constraint is not None:
             for p in group["params"]:
-                vectors = constraint.resolve(tuple(p.shape), "out_first")
-                if p.grad is not None and vectors is not None:
+                if p.grad is not None and has_numbers(p) and constraint.resolve(tuple(p.shape), "out_first"):
                     shaping = _Shaping(p.grad, p.detach(), TangentUpdate(), constraint.axis, moves=False)
                     shapings.append(shaping)
     _apply(shapings)

@@ -64,7 +64,7 @@ def test_a_constraint_from_a_config(constraint):
 
 
 def test_the_config_of_something_else_is_refused():
-    with pytest.raises(TypeError, match=r"describes TangentUpdate.*, which is no constraint: use projgd.from_config"):
+    with pytest.raises(TypeError, match=r"describes TangentUpdate.*, which is not a constraint: use projgd"):
         Constraint.from_config(TangentUpdate().config())
     for kind in ("MaxNrom", None, "NormSet"):  # a slip, none at all, an abstract class
         with pytest.raises(ValueError, match=f"config names the kind {kind!r}; known are .*Box, .*MaxNorm, MaxUpdate"):

@@ -1,5 +1,7 @@
 """Rules over names: what each name gets, and which rules are mistakes."""
 
+import re
+
 import pytest
 
 from projgd import MaxNorm
@@ -28,8 +30,8 @@ def test_the_first_match_wins(rules, wanted):
     [
         ({}, "there are no rules, so nothing would be held"),
         ({"conv.wieght": SMALL}, "'conv.wieght' matches no parameter; the nearest names are conv.weight"),
-        ({"*": LARGE, "head.*": None}, r"'head.\*' says nothing: the first match wins, and '\*' before it takes all"),
-        ({"conv.*": LARGE, "*.bias": None, "conv.bias": SMALL}, r"'conv.bias' says nothing: .*'conv.\*' before it"),
+        ({"*": LARGE, "head.*": None}, r"'head.\*' has no effect: the first match wins, and '\*' before it takes all"),
+        ({"conv.*": LARGE, "*.bias": None, "conv.bias": SMALL}, r"'conv.bias' has no effect: .*'conv.\*' before it"),
         ({"conv.*": LARGE, "head.*": None, "*.weight": SMALL}, r"'conv.\*', 'head.\*' before it takes all"),
         ({"*": 4.0}, "holds 4.0: pass a constraint"),
     ],
@@ -48,3 +50,9 @@ def test_a_rule_that_is_left_only_what_cannot_be_held_is_an_error():
             refuse_idle(idle, held)
     with pytest.raises(ValueError, match="applies only"):
         refuse_idle({"*": LARGE}, {"bias": False})
+
+
+@pytest.mark.parametrize("sep", "./")
+def test_the_name_of_a_layer_is_answered_with_a_rule_for_all_that_is_in_it(sep):
+    with pytest.raises(ValueError, match=rf"'0' matches no parameter; did you mean '0{re.escape(sep)}\*'\?"):
+        assign({"0": LARGE}, [f"0{sep}weight", f"1{sep}weight"])

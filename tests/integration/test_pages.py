@@ -43,11 +43,15 @@ def test_the_code_of_the_page_about_pytorch_runs():
     model.add_module("classifier", torch.nn.Sequential(torch.nn.Linear(24, 3)))
     names = {"model": model, "loss_fn": torch.nn.functional.cross_entropy}
     found = blocks_of("docs/pytorch.md")
-    assert len(found) == 5
+    assert len(found) == 6
     with torch._dynamo.config.patch(trace_autograd_ops=False):
         for block in found:
             exec(block.replace("fullgraph=True", 'fullgraph=True, backend="eager"'), names)
-        assert [g["weight_decay"] for g in names["optimizer"].param_groups] == [1e-4] * 3
+        assert [str(g["constraint"]) for g in names["optimizer"].param_groups] == [
+            "MaxNorm(c=3.0, axis='fan_in')",
+            "None",
+            "MaxNorm(c=4.0, axis='fan_in')",
+        ]
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(2.0)

@@ -29,8 +29,8 @@ SETS: dict[str, tuple[Callable[[Any], Constraint], float, float]] = {  # by c; t
     "Sphere": (Sphere, C, C),
     "UnitNorm": (lambda c: UnitNorm(), 1.0, 1.0),
 }
-SHAPES = {"1": (1,), "kernel": (3, 3, 37)}
-LEAVES = ["MaxNorm/1", "MaxNorm/kernel", "MinMaxNorm/kernel", "Sphere/kernel", "UnitNorm/1"]
+SHAPES = {"1": (1,), "conv": (3, 3, 37)}
+LEAVES = ["MaxNorm/1", "MaxNorm/conv", "MinMaxNorm/conv", "Sphere/conv", "UnitNorm/1"]
 HUGE = {"float64": 1e200, "float32": 1e30, "bfloat16": 1e30, "float16": 6e4}
 TINY = {"float64": 1e-200, "float32": 1e-30, "bfloat16": 1e-30, "float16": 1e-6}
 
@@ -89,11 +89,11 @@ DTYPES = {  # of the weights and of the update
 
 
 def is_tried(form: str, dtype: str, update: str, leaf: str) -> bool:
-    """Programs are dear: all leaves in float32, kernels in other dtypes, a ball and a sphere in two dtypes at once."""
+    """Programs are dear: all leaves in float32, `conv` in other dtypes, a ball and a sphere in two dtypes at once."""
     kind, shape = leaf.split("/")
     if FORMS[form].traced or update != dtype:
-        return kind in ("MaxNorm", "Sphere") and shape == "kernel"
-    return dtype == "float32" or shape == "kernel"
+        return kind in ("MaxNorm", "Sphere") and shape == "conv"
+    return dtype == "float32" or shape == "conv"
 
 
 CASES = [

@@ -125,6 +125,9 @@ class Reveal(Constraint):
     def onto_in(self, metric, x, axes, xp=None, repeat=None):
         return metric
 
+    def rounding_interval(self, q, p, norm, xp):
+        return -abs(q), abs(q)
+
 
 def reveal(tx):
     return projected(tx, {"k": Reveal()}, metric="adaptive")

@@ -221,7 +221,7 @@ def test_donated_buffers_are_used():
 
 
 def test_refused_when_made_or_used():
-    with pytest.raises(TypeError, match=r"3\.0 is no constraint"):
+    with pytest.raises(TypeError, match=r"3\.0 is not a constraint"):
         projection(3.0)
     with pytest.raises(TypeError, match="at 'a/b'"):
         projection({"a": {"b": 3.0}})
@@ -235,7 +235,7 @@ def test_refused_when_made_or_used():
         tx.update({"kernel": jnp.ones((2, 1))}, tx.init(params), params)
     with pytest.raises(ValueError, match="different trees"):
         apply_updates({**params, "d": jnp.ones(1)}, params, MaxNorm(1.0))
-    with pytest.raises(TypeError, match="is no constraint"):
+    with pytest.raises(TypeError, match="is not a constraint"):
         apply_updates(params, params, lambda step: MaxNorm(1.0))
 
 

@@ -3,14 +3,18 @@
 The layouts of Flax and Equinox are in `tests/integration/test_jax_layouts.py`.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
-from projgd import MaxNorm, MinMaxNorm, NonNegative, Sphere, Split, UnitNorm
-from projgd.optax import find_leaves, maxnorm_projection, project, projection
+from projgd import MaxNorm, MinMaxNorm, NonNegative, Sphere, Split, Stacked, UnitNorm
+from projgd.optax import find_leaves, hyperball, maxnorm_projection, project, projection
 from projgd.optax.tree import resolve
 
 
@@ -90,6 +94,67 @@ def test_a_node_of_an_unknown_kind():
     assert leaf.fan_in == (-2,)
 
 
+# ------------------------------------------------------------------------------------------------------ stacked layers
+
+
+@nnx.vmap(in_axes=0, out_axes=0)
+def stacked_linear(key):
+    return nnx.Linear(5, 3, use_bias=False, rngs=nnx.Rngs(key))
+
+
+def scanned():
+    """Four dense layers in a `nn.scan`, without biases, whose partition names tell of it."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+            return nn.Dense(3, use_bias=False, name="proj", kernel_init=kernel)(x), None
+
+    rules = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 4}
+    layers = nn.scan(Block, **rules, metadata_params={nn.PARTITION_NAME: "layers"})
+    return layers().init(jax.random.key(0), ones(2, 3), None)["params"]
+
+
+@pytest.mark.parametrize("make", [lambda: stacked_linear(jax.random.split(jax.random.key(0), 4)), scanned])
+def test_layers_that_are_known_to_be_stacked_are_read_one_by_one(make):
+    params = jax.tree.map(lambda p: 10 * p, make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (kernel,) = jax.tree.leaves(project(params, MaxNorm(1.0)))
+        (matrix,) = jax.tree.leaves(project(params, MaxNorm(1.0, axis="matrix")))
+    np.testing.assert_allclose(jnp.linalg.norm(kernel, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(matrix, axis=(1, 2)), 1, rtol=1e-5)
+
+
+def test_a_stack_that_nothing_tells_of_is_noticed_and_can_be_said():
+    params = {"blocks": {"w": 10 * ones(4, 5, 3)}}
+    with pytest.warns(
+        UserWarning, match=r"blocks/w has shape \(4, 5, 3\) .* axes \(0, 1\) entering .* axis=Stacked\(\)"
+    ):
+        project(params, MaxNorm(1.0))
+    with pytest.warns(UserWarning, match=r'read as one matrix.* axis=Stacked\("matrix"\)'):
+        hyperball(optax.adam(1.0), 0.1).init(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        each = project(params, MaxNorm(1.0, axis=Stacked()))["blocks"]["w"]
+        matrices = project(params, MaxNorm(1.0, axis=Stacked("matrix")))["blocks"]["w"]
+        together = project(params, MaxNorm(1.0, axis=None))["blocks"]["w"]
+        project({"conv1": {"w": ones(4, 5, 3)}, "Conv_0": {"kernel": ones(3, 3, 5, 3)}}, MaxNorm(1.0))
+        tx = hyperball(optax.adam(1.0), 0.1, axis=Stacked("matrix"))
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    np.testing.assert_allclose(jnp.linalg.norm(each, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(matrices, axis=(1, 2)), 1, rtol=1e-5)
+    assert float(jnp.linalg.norm(together)) == pytest.approx(1, rel=1e-5)
+    moved = optax.apply_updates(params, updates)["blocks"]["w"]
+    np.testing.assert_allclose(jnp.linalg.norm(moved, axis=(1, 2)), 10 * 15**0.5, rtol=1e-5)
+
+
+def test_a_constraint_that_holds_nothing_is_noticed():
+    with pytest.warns(UserWarning, match="holds nothing: no parameter has a vector for it, such as 'a'"):
+        maxnorm_projection(1.0).init({"a": ones(3), "b": ones(2)})
+
+
 def bounds(constraints, params=PARAMS):
     """The bound of every constrained leaf, by name."""
     return {leaf.name: (leaf.constraint.c, leaf.vectors.axes) for leaf in resolve(constraints, params) if leaf}
@@ -131,7 +196,7 @@ def test_a_tree_of_axes(axis):
         (maxnorm_projection(1.0, axis={"conv": 0, "dense": {"kernel": 5, "bias": 0}}), ValueError, "dense/kernel"),
         (optax.masked(maxnorm_projection(1.0), {"conv": True}), ValueError, "dense"),
         (projection({"conv/kernle": MaxNorm(1.0)}), ValueError, "conv/kernel"),
-        (projection({"conv/*": MaxNorm(1.0), "conv/kernel": None}), ValueError, "'conv/kernel' says nothing"),
+        (projection({"conv/*": MaxNorm(1.0), "conv/kernel": None}), ValueError, "'conv/kernel' has no effect"),
         (
             projection({"conv/bias": MaxNorm(1.0)}),
             ValueError,

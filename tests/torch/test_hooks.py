@@ -141,19 +141,19 @@ def test_a_copy_has_no_hook():
     assert longest(p) <= 1
 
 
-@pytest.mark.parametrize("late", [torch.ones(2, 3, dtype=torch.complex64), torch.ones(3)], ids=["complex", "short"])
+@pytest.mark.parametrize("late", [torch.ones(2, 3, dtype=torch.complex64), torch.ones(3, 2)], ids=["complex", "short"])
 @pytest.mark.parametrize("way", ["added", "in its place"])
 def test_what_does_not_fit_later_parameters_raises_before_the_step(late, way):
-    w = weight()
+    w = weight(2, 2, 2)
     optimizer = torch.optim.SGD([w], lr=0.1)
-    project_after_step(optimizer, MaxNorm(1.0, axis=1))
+    project_after_step(optimizer, MaxNorm(1.0, axis=2))
     if way == "added":
         optimizer.add_param_group({"params": [late]})
     else:
         optimizer.param_groups[0]["params"].insert(0, late)
     w.grad, late.grad = torch.ones_like(w), torch.ones_like(late)
     for _ in range(2):
-        with pytest.raises((TypeError, ValueError), match=r"has dtype complex64|axis 1 is out of range"):
+        with pytest.raises((TypeError, ValueError), match=r"has dtype complex64|axis 2 is out of range"):
             optimizer.step()
     assert bool((w == 5).all())
 
@@ -168,14 +168,19 @@ class Wrapper:
     ("make", "constraint", "model", "says"),
     [
         (lambda net: Wrapper(), MaxNorm(4.0), None, "takes a torch.optim.Optimizer, not Wrapper; of a wrapper pass"),
-        (lambda net: torch.optim.Adam(net.parameters()), 4.0, None, "4.0 is no constraint: pass one such as MaxNorm"),
+        (
+            lambda net: torch.optim.Adam(net.parameters()),
+            4.0,
+            None,
+            "4.0 is not a constraint: pass one such",
+        ),
         (lambda net: torch.optim.Adam(net.parameters()), {"0.*": MaxNorm(0.2)}, None, "pass model= here"),
         (lambda net: torch.optim.Adam(net.named_parameters()), {}, None, "there are no rules"),
         (
             lambda net: torch.optim.Adam(net.named_parameters()),
             {"0.*": MaxNorm(0.2), "0.weight": None},
             None,
-            "'0.weight' says nothing",
+            "'0.weight' has no effect",
         ),
         (
             lambda net: torch.optim.Adam(net.named_parameters()),
@@ -185,7 +190,7 @@ class Wrapper:
         ),
         (lambda net: torch.optim.Adam(net.parameters()), MaxNorm(4.0), network(), "nothing would be projected"),
         (lambda net: torch.optim.Adam(net.parameters()), Sphere("initial"), None, r"a hook has none: use projected\("),
-        (lambda net: torch.optim.Adam(net.parameters()), MaxNorm(1.0, axis=1), None, "axis 1 is out of range for"),
+        (lambda net: torch.optim.Adam(net.parameters()), MaxNorm(1.0, axis=2), None, "axis 2 is out of range for"),
         (lambda net: torch.optim.Adam(net.parameters()), MaxNorm(1e-30), None, "c=1e-30 is too small"),
     ],
 )

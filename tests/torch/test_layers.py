@@ -1,5 +1,8 @@
 """What one neuron is, layer by layer: measured with autograd, then the projection of exactly those weights."""
 
+import copy
+import importlib
+import pickle
 import warnings
 
 import numpy as np
@@ -8,8 +11,18 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from projgd import MaxNorm, NonNegative
-from projgd.torch import ProjectedSGD, param_groups
+from projgd import Box, MaxNorm, NonNegative, Stacked, UnitNorm, report
+from projgd.torch import (
+    ProjectedAdam,
+    ProjectedSGD,
+    constrain,
+    declared,
+    hyperball,
+    param_groups,
+    project_after_step,
+    projected,
+    unconstrain,
+)
 
 
 def units_of_last_axis(layer, *inputs):
@@ -251,14 +264,62 @@ NORMS = [
 
 
 @pytest.mark.parametrize("layer", NORMS, ids=lambda layer: type(layer).__name__)
-@pytest.mark.parametrize("constraint", [MaxNorm(0.01), NonNegative()], ids=str)
-def test_norm_layers_and_biases_are_free(layer, constraint):
+@pytest.mark.parametrize("constraint", [MaxNorm(0.01), MaxNorm(0.01, axis="matrix"), NonNegative()], ids=str)
+def test_norm_layers_and_biases_are_free_of_norms_but_not_of_sets_of_entries(layer, constraint):
     with torch.no_grad():
         for p in layer.parameters():
             p.fill_(-5.0)
     before, after = held(layer, constraint)
     for name, was in before.items():
-        np.testing.assert_array_equal(was, after[name])
+        np.testing.assert_array_equal(0 if constraint == NonNegative() else was, after[name])
+
+
+class Scaled(nn.Linear):
+    """A layer with a 0-d, a 1-d and a 2-d parameter."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+def through_groups(net, own):
+    return ProjectedSGD(param_groups(net, own), lr=1.0)
+
+
+def through_rules(net, own):
+    return ProjectedSGD(param_groups(net, {"*": own}), lr=1.0)
+
+
+def through_tensors(net, own):
+    return ProjectedSGD(net.parameters(), lr=1.0, constraint=own)
+
+
+def through_hook(net, own):
+    project_after_step(optimizer := torch.optim.SGD(net.parameters(), lr=1.0), own, net)
+    return optimizer
+
+
+def through_hook_of_tensors(net, own):
+    project_after_step(optimizer := torch.optim.SGD(net.parameters(), lr=1.0), own)
+    return optimizer
+
+
+DOORS = [through_groups, through_rules, through_tensors, through_hook, through_hook_of_tensors]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("own", "held"), [(NonNegative(), 3), (Box(-0.1, 0.1), 3), (MaxNorm(0.1), 1)], ids=str)
+def test_a_set_means_the_same_through_all_doors(door, own, held):
+    net = Scaled()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 5.0)
+    before = {name: p.detach().clone() - 5 for name, p in net.named_parameters()}
+    door(net, own).step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert len(moved) == held
+    for name in moved:
+        own_axis = own if name == "weight" or own.axis == "entries" else own.replace(axis=None)
+        assert float(own_axis.violation(net.get_parameter(name).detach()).max()) == 0
 
 
 def test_every_layer_of_torch_nn_with_weights_is_known():
@@ -321,9 +382,9 @@ def test_rules_options_and_order():
         ({"0.weight": MaxNorm(3.0, axis=2)}, "axis 2 is out of range for 0.weight"),
         ({"0.weight": 3.0}, "holds 3.0: pass a constraint"),
         ({"*.weight": MaxNorm(3.0), "0.*": MaxNorm(4.0)}, "'0.\\*' applies only to parameters without a fan-in"),
-        ({"*": MaxNorm(3.0), "0.*": None}, "'0.\\*' says nothing"),
+        ({"*": MaxNorm(3.0), "0.*": None}, "'0.\\*' has no effect"),
         ({}, "there are no rules"),
-        (3.0, "3.0 is no constraint"),
+        (3.0, "3.0 is not a constraint"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(rules, message):
@@ -341,8 +402,42 @@ def test_shared_weights_appear_once():
     net[1].weight = net[0].weight
     (group,) = param_groups(net, MaxNorm(3.0))
     assert group["param_names"] == ["0.weight"]
-    with pytest.raises(ValueError, match=r"use its first name, '0.weight'"):
-        param_groups(net, {"1.weight": MaxNorm(3.0)})
+    for pattern in ("1.weight", "1.*"):
+        with pytest.raises(ValueError, match=r"'1.weight', which is one tensor with '0.weight': use that name"):
+            param_groups(net, {pattern: MaxNorm(3.0)})
+
+
+def test_a_tangent_gradient_is_for_the_groups_with_a_set():
+    held, free = param_groups(nn.Linear(3, 2), MaxNorm(3.0), gradient="tangent", lr=0.1)
+    assert held["gradient"] == "tangent"
+    assert "gradient" not in free
+    ProjectedSGD([held, free])
+
+
+def test_rules_for_frozen_weights_alone_are_noticed():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"the rule '0.\*' is for frozen parameters only, such as '0.weight'"):
+        param_groups(net, {"0.*": MaxNorm(3.0), "1.*": MaxNorm(3.0)})
+    with pytest.warns(UserWarning, match="is for frozen parameters only"):
+        param_groups(net.requires_grad_(False), MaxNorm(3.0))
+
+
+def test_a_stack_of_experts_is_noticed_and_can_be_said():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 6, 5))
+
+    net = Experts()
+    with pytest.warns(UserWarning, match=r"up: not a weight .* read as \(out, in, \*kernel\).* axis=Stacked\(\)"):
+        param_groups(net, MaxNorm(1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = ProjectedSGD(param_groups(net, MaxNorm(0.1, axis=Stacked())), lr=0.1)
+        net.up.grad = torch.zeros_like(net.up)
+        optimizer.step()
+    np.testing.assert_allclose(net.up.detach().norm(dim=2), 0.1, rtol=1e-5)
 
 
 def test_a_weight_shared_by_layers_that_disagree_is_an_error():
@@ -403,5 +498,218 @@ def test_a_layer_of_somebody_elses_is_read_by_convention_with_a_warning():
 def test_named_parameters_give_names_to_errors():
     net = model()
     ProjectedSGD([{"params": net.named_parameters(), "c": 3.0}])
-    with pytest.raises(ValueError, match=r"axis 1 is out of range for 0.bias"):
-        ProjectedSGD([{"params": net.named_parameters(), "c": 3.0, "axis": 1}])
+    with pytest.raises(ValueError, match=r"axis 2 is out of range for 0.weight"):
+        ProjectedSGD([{"params": net.named_parameters(), "c": 3.0, "axis": 2}])
+
+
+# --------------------------------------------------------------------------------------------------- a module is enough
+
+
+def mixed():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+    )
+
+
+def steps(net, optimizer):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+RULES = {"0.*": MaxNorm(0.3), "3.weight": UnitNorm(), "4.bias": NonNegative()}
+
+
+@pytest.mark.parametrize("cls", [ProjectedSGD, ProjectedAdam, projected(torch.optim.RMSprop)])
+@pytest.mark.parametrize("own", [MaxNorm(0.3), MaxNorm(0.3, axis=0), UnitNorm(), NonNegative(), RULES], ids=str)
+def test_a_module_is_read_by_its_layers(cls, own):
+    net, other = mixed(), mixed()
+    net[4].weight, other[4].weight = net[3].weight, other[3].weight  # tied
+    one, two = cls(net, lr=0.1, constraint=own), cls(param_groups(other, own), lr=0.1)
+    assert one.constraints() == two.constraints()
+    assert all(torch.equal(a, b) for a, b in zip(steps(net, one), steps(other, two), strict=True))
+
+
+def test_c_for_a_module_is_a_number_that_moves():
+    net = mixed()
+    optimizer = ProjectedSGD(net, lr=0.1, c=0.3, momentum=0.9)
+    assert {(g["c"], g["constraint"]) for g in optimizer.param_groups} == {(0.3, None), (None, None)}
+    assert optimizer.constraints()["2.weight"] == MaxNorm(0.3, axis=(0, 2, 3))
+    for group in optimizer.param_groups:
+        if group["c"] is not None:
+            group["c"] = 0.2
+    steps(net, optimizer)
+    assert report(optimizer).violations == 0
+    assert report(optimizer).largest == pytest.approx(0.2, rel=1e-5)
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
+    assert optimizer.param_groups[-1]["c"] == 0.3
+
+
+def test_rules_for_named_tensors():
+    net = mixed()
+    optimizer = ProjectedSGD(net.named_parameters(), lr=0.1, constraint={"0.*": MaxNorm(0.3), "3.weight": UnitNorm()})
+    assert {k: v for k, v in optimizer.constraints().items() if v} == {
+        "0.weight": MaxNorm(0.3),
+        "0.bias": MaxNorm(0.3),
+        "3.weight": UnitNorm(),
+    }
+    with pytest.raises(ValueError, match=r"rules need names: pass the model itself, or model.named_parameters\(\)"):
+        ProjectedSGD(net.parameters(), lr=0.1, constraint={"0.*": MaxNorm(0.3)})
+    with pytest.raises(ValueError, match=r"'9\.\*' matches no parameter"):
+        ProjectedSGD(net, lr=0.1, constraint={"9.*": MaxNorm(0.3)})
+    with pytest.raises(ValueError, match="not both"):
+        ProjectedSGD(net, lr=0.1, c=3.0, constraint={"0.*": MaxNorm(0.3)})
+
+
+def test_hyperball_of_a_module_leaves_gains_and_biases_to_the_inner_optimizer():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([3, 4]))
+    optimizer = hyperball(torch.optim.Adam)(net, lr=0.1)
+    assert [name for name, own in optimizer.constraints().items() if own is not None] == ["0.weight"]
+    before = net[0].weight.detach().norm()
+    steps(net, optimizer)
+    assert float(net[0].weight.detach().norm()) == pytest.approx(float(before), rel=1e-6)
+
+
+def test_a_module_without_weights_of_a_fan_in_is_noticed():
+    with pytest.warns(UserWarning, match="holds nothing: no parameter of the model has a fan-in"):
+        ProjectedSGD(nn.LayerNorm(3), lr=0.1, c=3.0)
+
+
+# ------------------------------------------------------------------------------------------------ declared on a layer
+
+
+class EEGNet(nn.Module):
+    """A model that declares its own bounds: 1 on the depthwise spatial filters, 0.25 on the classifier.
+
+    V. Lawhern et al., *EEGNet*, J. Neural Eng. 15, 2018, table 2.
+    """
+
+    def __init__(self, channels=5, classes=3):
+        super().__init__()
+        self.temporal = nn.Conv2d(1, 4, (1, 7), padding="same", bias=False)
+        self.spatial = constrain(nn.Conv2d(4, 8, (channels, 1), groups=4, bias=False), MaxNorm(1.0))
+        self.norm = nn.BatchNorm2d(8)
+        self.classifier = constrain(nn.Linear(8, classes), MaxNorm(0.25))
+
+    def forward(self, x):
+        x = nn.functional.elu(self.norm(self.spatial(self.temporal(x))))
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+DECLARED = {"spatial.weight": MaxNorm(1.0), "classifier.weight": MaxNorm(0.25)}
+
+
+def trained_by_a_loop_that_knows_nothing(model, name="ProjectedAdamW", **options):
+    optimizer = getattr(importlib.import_module("projgd.torch"), name)(model, lr=0.05, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x, y = torch.randn(8, 1, 5, 20, generator=generator), torch.randint(3, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def largest_norms(model):
+    weights = {n: p.detach().double() for n, p in model.named_parameters() if p.ndim > 1}
+    return {n: float(w.flatten(1).norm(dim=1).max()) for n, w in weights.items()}
+
+
+def test_a_model_declares_its_own_bounds():
+    torch.manual_seed(0)
+    model = EEGNet()
+    assert declared(model) == DECLARED
+    assert set(model.state_dict()) == {
+        *(f"{k}.weight" for k in ("temporal", "spatial", "norm", "classifier")),
+        *(f"norm.{k}" for k in ("bias", "running_mean", "running_var", "num_batches_tracked")),
+        "classifier.bias",
+    }
+    trained_by_a_loop_that_knows_nothing(model)
+    found = largest_norms(model)
+    assert 0.25 * (1 - 1e-5) <= found["classifier.weight"] <= 0.25
+    assert found["spatial.weight"] <= 1
+    assert found["temporal.weight"] > 0.25
+
+
+@pytest.mark.parametrize(
+    "how", ["deepcopy", "pickle", "torch.save", "half", "meta and back", "compiled", "parametrized"]
+)
+def test_a_declaration_travels_with_the_model(how, tmp_path):
+    model = EEGNet()
+    if how == "deepcopy":
+        model = copy.deepcopy(model)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        model = torch.load(tmp_path / "model.pt", weights_only=False)
+    elif how == "half":
+        model = model.to(torch.bfloat16)
+    elif how == "meta":
+        model = model.to("meta").to_empty(device="cpu")
+    elif how == "parametrized":
+        nn.utils.parametrizations.weight_norm(model.temporal)
+    prefix = ""
+    if how == "compiled":
+        model, prefix = torch.compile(model, backend="eager"), "_orig_mod."
+    assert declared(model) == {prefix + name: own for name, own in DECLARED.items()}
+    with pytest.warns(UserWarning, match=r"weight of a (Conv2d|Linear) has a declared constraint.* pass the model"):
+        ProjectedSGD(model.parameters(), lr=0.1, c=3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = ProjectedSGD(model, lr=0.1)
+    held = {name.removeprefix(prefix): own for name, own in optimizer.constraints().items() if own is not None}
+    assert held == DECLARED
+
+
+def test_rules_win_over_what_is_declared_which_wins_over_a_bound_for_all():
+    model = constrain(EEGNet(), None, "temporal.weight")
+
+    def held(**options):
+        found = ProjectedSGD(model, lr=0.1, **options).constraints()
+        return {name: own for name, own in found.items() if own is not None}
+
+    assert held() == held(c=3.0) == DECLARED
+    assert held(constraint={"spatial.*": MaxNorm(2.0)}) == {**DECLARED, "spatial.weight": MaxNorm(2.0)}
+    assert held(constraint={"temporal.*": MaxNorm(2.0), "*": None}) == {"temporal.weight": MaxNorm(2.0)}
+    assert held(constraint={"*.bias": NonNegative()}).keys() == {*DECLARED, "norm.bias", "classifier.bias"}
+    assert held(c=None) == {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    project_after_step(optimizer, None, model)
+    steps(model, optimizer)
+    assert largest_norms(model)["classifier.weight"] <= 0.25
+    unconstrain(model, "spatial.weight")
+    assert declared(model) == {"temporal.weight": None, "classifier.weight": MaxNorm(0.25)}
+    assert declared(unconstrain(model)) == {}
+    with pytest.warns(UserWarning, match="nothing is projected"):
+        ProjectedSGD(model, lr=0.1)
+
+
+def test_what_cannot_be_declared_is_an_error():
+    layer = nn.Linear(3, 2)
+    for name in ("wieght", "0.weight", "weight.data"):
+        with pytest.raises(ValueError, match=rf"Linear has no parameter '{name}'; its parameters are weight, bias"):
+            constrain(layer, MaxNorm(1.0), name)
+    with pytest.raises(ValueError, match="weight of LazyLinear is not initialised yet"):
+        constrain(nn.LazyLinear(3), MaxNorm(1.0))
+    with pytest.raises(ValueError, match=r"axis 2 is out of range for weight of Linear"):
+        constrain(layer, MaxNorm(1.0, axis=2))
+    with pytest.raises(TypeError, match=r"4.0 is not a constraint: pass one such as MaxNorm\(4.0\)"):
+        constrain(layer, 4.0)
+    with pytest.raises(TypeError, match=r"takes a torch.nn.Module, not a Parameter"):
+        constrain(layer.weight, MaxNorm(4.0))
+    assert declared(layer) == {}
+    constrain(constrain(layer, MaxNorm(1.0)), MaxNorm(1.0))
+    with pytest.raises(ValueError, match=r"has MaxNorm\(c=1.0.* already, and .* unconstrain\(module, 'weight'\)"):
+        constrain(layer, UnitNorm())
+    tied = nn.Sequential(layer, constrain(nn.Linear(3, 2), UnitNorm()))
+    tied[1].weight = layer.weight
+    with pytest.raises(ValueError, match=r"0.weight and 1.weight are one tensor, and .* are declared on it: keep one"):
+        ProjectedSGD(tied, lr=0.1)
+    frozen = constrain(nn.Linear(3, 2), MaxNorm(1.0)).requires_grad_(False)
+    with pytest.warns(UserWarning, match="what is declared is for frozen parameters only"):
+        ProjectedSGD(frozen, lr=0.1)

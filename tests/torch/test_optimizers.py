@@ -2,6 +2,9 @@
 
 import inspect
 import pickle
+import types
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import projgd.torch
 from projgd import MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, UnitNorm
-from projgd.torch import Projected, ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
+from projgd.torch import (
+    Projected,
+    ProjectedAdam,
+    ProjectedSGD,
+    hyperball,
+    param_groups,
+    project_after_step,
+    projected,
+)
+from projgd.torch.settings import constraint_of
 from tests.torch.common import (
     STOCK,
     THIRD,
@@ -157,6 +169,50 @@ def test_help_shows_what_the_constructor_takes():
     settings = {"c", "axis", "constraint", "update", "gradient", "metric", "without_grad", "engine"}
     assert {"foreach", *settings} < shown.keys()
     assert [*inspect.signature(Whole).parameters] == ["params", "lr", "settings"]
+
+
+def admits(annotation, value):
+    """Whether an annotation admits a value."""
+    origin, of = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(admits(a, value) for a in of)
+    if origin is typing.Literal:
+        return any(type(a) is type(value) and a == value for a in of)
+    if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
+        return True
+    return isinstance(value, type(None) if annotation is None else origin or annotation)
+
+
+def test_every_annotation_admits_its_default():
+    """Tools such as jsonargparse and LightningCLI read signatures, and refuse a default that is not of its type."""
+    for made in [Projected, *(v for k, v in vars(projgd.torch).items() if k in projgd.torch.__all__ and k[0] > "Z")]:
+        of = made.__init__ if made is Projected else made
+        for name, parameter in inspect.signature(of).parameters.items():
+            if parameter.default is not parameter.empty:
+                assert admits(typing.get_type_hints(of)[name], parameter.default), (made, name, parameter)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], None),
+        (["--optimizer.c=0.5", "--optimizer.axis=0"], MaxNorm(0.5, 0)),
+        (["--optimizer.c=0.5", "--optimizer.axis=matrix"], MaxNorm(0.5, "matrix")),
+        (["--optimizer.c=null"], None),
+        (["--optimizer.constraint=projgd.UnitNorm", "--optimizer.constraint.axis=[0, 1]"], UnitNorm((0, 1))),
+    ],
+    ids=str,
+)
+def test_a_command_line_makes_every_class(words, found):
+    """What LightningCLI does with `--optimizer=projgd.torch.ProjectedSGD --optimizer.c=0.5`."""
+    jsonargparse = pytest.importorskip("jsonargparse")
+    for cls in map(projected, STOCK):
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
+        config = parser.parse_args([f"--optimizer=projgd.torch.{cls.__name__}", *words, "--optimizer.engine=reference"])
+        made = parser.instantiate(config).optimizer([weight()])
+        assert type(made) is cls
+        assert constraint_of(made.param_groups[0]) == found
 
 
 def test_defaults_have_the_settings():
@@ -509,6 +565,104 @@ def test_an_update_that_a_step_of_ones_own_does_not_shape_is_an_error():
     for _ in range(2):
         step(optimizer, 1.0)  # the turn without a step has not written anything
     assert longest(p) <= 1
+
+
+class TwoSteps(torch.optim.Optimizer):
+    """Sharpness-aware minimization, in one step with a closure, or in two."""
+
+    def __init__(self, params, base_optimizer=torch.optim.SGD, rho=0.05, **options):
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base_optimizer(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+        self.count()
+
+    def count(self):
+        return len(self.param_groups)
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["e_w"] = p.grad * (group["rho"] / p.grad.norm())
+                p.add_(self.state[p]["e_w"])
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(self.state[p]["e_w"])
+        self.base_optimizer.step()
+
+    def step(self, closure):
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+    def swap(self):
+        """Weights for evaluation, and those of the training back."""
+        for p in self.param_groups[0]["params"]:
+            p.data = -p.data
+
+
+class InItsStep(torch.optim.SGD):
+    """Its second step is a step, so it needs nothing."""
+
+    first_step = TwoSteps.first_step
+
+    def second_step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data - self.state[p].pop("e_w")
+        self.step()
+
+
+def two_steps(optimizer, p):
+    def closure():
+        p.grad = torch.full_like(p, -5.0)
+
+    closure()
+    optimizer.first_step()
+    closure()
+    optimizer.second_step()
+
+
+def test_methods_that_move_the_weights_without_a_step_are_an_error_that_says_what_works():
+    p, q = weight(), weight()
+    optimizer = projected(TwoSteps)([p], lr=0.1, c=1.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step(lambda: None)
+    assert longest(p) <= 1
+    assert optimizer.count() == 1
+    with pytest.raises(RuntimeError, match=r"first_step\(\) and second_step\(\) of TwoSteps .*base_optimizer"):
+        two_steps(optimizer, p)
+    optimizer.step(lambda: None)
+    assert longest(p) <= 1
+    sam = TwoSteps([q], lr=0.1)
+    with pytest.warns(UserWarning, match="only step.. of TwoSteps is followed by the projection"):
+        project_after_step(sam, MaxNorm(1.0)).remove()
+    project_after_step(sam.base_optimizer, MaxNorm(1.0))
+    for _ in range(3):
+        two_steps(sam, q)
+        assert longest(q) <= 1
+    assert longest(q) > 1 - 1e-5
+
+
+def test_methods_that_move_the_weights_are_no_error_where_a_step_follows_or_nothing_is_held():
+    p = weight()
+    optimizer = projected(InItsStep)([p], lr=0.1, c=1.0)
+    optimizer.param_groups[0]["rho"] = 0.05
+    for _ in range(3):
+        two_steps(optimizer, p)
+        assert longest(p) <= 1
+    free = projected(TwoSteps)([p], lr=0.1, c=None)
+    for _ in range(3):
+        two_steps(free, p)
+    assert longest(p) > 1
+    optimizer = projected(TwoSteps)([p], lr=0.1, c=1.0)
+    optimizer.swap()
+    p.grad = torch.ones_like(p)
+    optimizer.step(lambda: None)
+    optimizer.swap()
 
 
 def test_a_set_of_entries_in_a_step_of_ones_own():

@@ -223,6 +223,68 @@ def test_a_hook_uses_the_same_table(ran):
     assert ran == {id(layer.weight): "eager"}
 
 
+OVERLAPS = {
+    "one storage": lambda w: (w, w),
+    "some rows": lambda w: (w, w[: len(w) // 2]),
+    "some columns": lambda w: (w, w[:, : w.shape[1] // 2]),
+    "a part first": lambda w: (w[:, : w.shape[1] // 2], w),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["from the start", "later"])
+@pytest.mark.parametrize("shape", [(4, 3), (400, 300)], ids=str)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("form", ["projected", "fused", "fused, two groups", "hook"])
+def test_parameters_that_share_memory_are_all_updated_and_then_projected_in_turn(form, overlap, shape, late):
+    if form.startswith("fused"):
+        pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(0)
+    parts = OVERLAPS[overlap](memory := torch.randn(shape, generator=generator))
+    expected = memory.clone()
+    views = [expected.as_strided(x.shape, x.stride()) for x in parts]
+    params = [torch.nn.Parameter(x.clone()) for x in parts]
+    groups = [{"params": [p]} for p in params] if "two" in form else params
+    if form == "hook":
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        project_after_step(optimizer, MaxNorm(1.0))
+    else:
+        optimizer = ProjectedSGD(groups, lr=0.1, c=1.0, fused="fused" in form)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    if late:
+        optimizer.step()
+    for p, x in zip(params, parts, strict=True):
+        p.data = x
+    for v, p in zip(views, params, strict=True):
+        v.sub_(p.grad, alpha=0.1)
+    for v in views:
+        v.copy_(MaxNorm(1.0).project(v.clone()))
+    if "fused" in form:
+        route = optimizer.routes()["parameter 0 of group 0"]
+        assert route.engine == "eager"
+        assert route.refusals["cpu"] == "the parameter shares memory with another one"
+    optimizer.step()
+    torch.testing.assert_close(memory, expected, rtol=3e-6, atol=1e-6)
+    assert all(float(p.detach().norm(dim=1).max()) <= 1 for p in params)
+    for p in params:  # alone again
+        p.data = p.data.clone()
+    if "fused" in form:
+        assert optimizer.routes()["parameter 0 of group 0"].engine == "cpu"
+
+
+def test_a_table_that_shares_memory_is_projected_as_a_whole(ran):
+    table, head = torch.nn.Embedding(20, 3, sparse=True), torch.nn.Linear(3, 20, bias=False)
+    head.weight.data = table.weight.data
+    optimizer = ProjectedSGD([{"params": table.parameters(), "c": 1.0}, {"params": head.parameters()}], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (table(torch.tensor([1, 2])).sum() + head(torch.ones(1, 3)).sum()).backward()
+        head.weight.grad *= 5
+        optimizer.step()
+        assert float(table.weight.detach().norm(dim=1).max()) <= 1
+    assert ran[id(table.weight)] == "eager"
+
+
 def strided_momentum(optimizer, p):
     state = optimizer.state[p]
     state["momentum_buffer"] = state["momentum_buffer"].t().contiguous().t()

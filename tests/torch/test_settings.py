@@ -1,11 +1,13 @@
 """What a param group says: which setting wins, what holds once it is changed, and which settings are errors."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, UnitNorm
-from projgd.torch import ProjectedAdam, ProjectedSGD, projected
+from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, RelativeUpdate, Sphere, Split, Stacked, UnitNorm
+from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, project_after_step, projected
 from tests.torch.common import copied, network, norms, step, weight
 
 # --------------------------------------------------------------------------------------------------- which setting wins
@@ -210,8 +212,7 @@ def test_float64_has_smaller_balls():
         ({"c": 4.0, "axis": "fan_out"}, ValueError, "axis='fan_out' is not known"),
         ({"c": 4.0, "axis": 1.5}, TypeError, "axis=1.5 is not an axis"),
         ({"c": 4.0, "constraint": MaxNorm(3.0)}, ValueError, "c=4.0 or constraint=.*, not both"),
-        ({"constraint": MaxNorm}, TypeError, "is no constraint: pass one such as"),
-        ({"constraint": {"*": MaxNorm(1.0)}}, TypeError, r"is no constraint: .* param_groups\(model, rules\)"),
+        ({"constraint": MaxNorm}, TypeError, "is not a constraint: pass one such as"),
         ({"constraint": MinMaxNorm(1e-30, 1.0)}, ValueError, "low=1e-30 is too small for arithmetic in float32"),
         ({"c": 4.0, "without_grad": "no"}, TypeError, "without_grad='no' is not known"),
         ({"c": 4.0, "metric": "odd"}, ValueError, "metric='odd' is not known"),
@@ -235,9 +236,12 @@ def test_settings_that_disagree_with_the_constructors_are_errors():
     for group in (
         {**optimizer.param_groups[0], "params": [weight()], "constraint": MaxNorm(1.0)},
         {"params": [("weight", weight())], "c": 3.0, "axis": 2},
-        {"params": [weight()], "lr_": 1.0},
+        {"params": [weight()], "metrics": 1.0},
     ):
-        with pytest.raises(ValueError, match=r"disagree|axis 2 is out of range for weight with|unknown key 'lr_'"):
+        with pytest.raises(
+            ValueError,
+            match=r"disagree|axis 2 is out of range for weight with|key 'metrics': did you mean",
+        ):
             optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
 
@@ -260,10 +264,10 @@ def test_settings_that_disagree_with_the_constructors_are_errors():
         ({"constraint": MaxNorm(1.0)}, {"constraint": MaxNorm(2.0, axis=7)}, "axis 7 is out of range"),
         ({"constraint": MaxNorm(1.0)}, {"constraint": MaxNorm(2.0), "c": 3.0}, r"c=3.0 and constraint=.* disagree"),
         ({"constraint": MaxNorm(1.0)}, {"constraint": MaxNorm(2.0), "axis": 0}, r"axis=0 and constraint=.* disagree"),
-        ({"constraint": MaxNorm(1.0)}, {"constraint": 2.0}, "constraint=2.0 is no constraint"),
+        ({"constraint": MaxNorm(1.0)}, {"constraint": 2.0}, "constraint=2.0 is not a constraint"),
         ({"constraint": UnitNorm()}, {"c": 0.5}, "c=0.5 goes with MaxNorm"),
         ({"constraint": MinMaxNorm(0.5, 1.0)}, {"c": 0.5}, "c=0.5 goes with MaxNorm"),
-        ({"c": 1.0}, {"update": "relative"}, "is no shaping"),
+        ({"c": 1.0}, {"update": "relative"}, "is not a shaping of updates"),
         ({"c": 1.0}, {"update": RelativeUpdate(axis=0)}, "different vectors"),
         ({"c": 1.0}, {"gradient": "normal"}, "is not known"),
         ({"c": 1.0, "gradient": "tangent"}, {"constraint": NonNegative(), "gradient": "tangent"}, "a set of vectors"),
@@ -295,3 +299,62 @@ def test_a_metric_that_the_optimizer_does_not_have_raises_before_anything_moves(
     with pytest.raises(ValueError, match='metric="adaptive" needs the diagonal'):
         step(optimizer, 1.0)
     assert bool((p == 5).all())
+
+
+def test_what_holds_nothing_is_noticed():
+    layer = torch.nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match=r"nothing is projected: pass c=, such as c=4.0"):
+        ProjectedSGD(layer.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProjectedSGD(layer.parameters(), lr=0.1, c=None)
+        ProjectedSGD([{"params": layer.parameters(), "c": None}], lr=0.1)
+        ProjectedSGD(layer.parameters(), lr=0.1, update=RelativeUpdate())
+        ProjectedSGD([layer.bias], lr=0.1, constraint=NonNegative())
+    for wanted in ({"c": 3.0}, {"constraint": UnitNorm()}):
+        with pytest.warns(UserWarning, match=r"holds nothing: .* such as bias of shape \(2,\)\. axis=None"):
+            ProjectedSGD([("bias", layer.bias)], lr=0.1, **wanted)
+        with pytest.warns(UserWarning, match=r"holds nothing: .* of shape \(\)"):
+            ProjectedSGD([torch.nn.Parameter(torch.tensor(1.0))], lr=0.1, **wanted)
+    with pytest.warns(UserWarning, match="holds nothing"):
+        project_after_step(torch.optim.SGD([layer.bias], lr=0.1), MaxNorm(3.0))
+    norm = torch.nn.LayerNorm(3)
+    with pytest.raises(ValueError, match="A set of norms needs weights with a fan-in; axis=None makes"):
+        project_after_step(torch.optim.SGD(norm.parameters()), MaxNorm(3.0), norm)
+
+
+def test_experts_among_bare_tensors_are_noticed():
+    experts, convolution = torch.nn.Parameter(torch.ones(4, 64, 32)), torch.nn.Parameter(torch.ones(64, 32, 7))
+    with pytest.warns(UserWarning, match=r"shape \(4, 64, 32\) is read as \(out, in, kernel\)\. .* axis=Stacked\(\)"):
+        ProjectedSGD([convolution, experts], lr=0.1, c=1.0)
+    with pytest.warns(UserWarning, match=r'is read as one matrix\. .* axis=Stacked\("matrix"\)'):
+        hyperball(torch.optim.Adam)([convolution, experts])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProjectedSGD([convolution], lr=0.1, c=1.0)
+        each = hyperball(torch.optim.Adam)([experts], axis=Stacked("matrix"))
+        assert each.param_groups[0]["constraint"].axis == Stacked("matrix")
+        restored = hyperball(torch.optim.Adam)([experts], axis=None)
+        restored.load_state_dict(each.state_dict())
+        assert restored.param_groups[0]["constraint"].axis == Stacked("matrix")
+
+
+def test_the_name_that_other_libraries_have_for_the_bound_is_answered():
+    with pytest.raises(TypeError, match=r"'max_norm': pass c=3"):
+        ProjectedSGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, max_norm=3)
+
+
+def test_an_axis_of_kernels_leaves_biases_alone():
+    layer = torch.nn.Conv2d(3, 4, 2)
+    optimizer = ProjectedSGD(layer.parameters(), lr=0.1, c=0.1, axis=(1, 2, 3))
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    bias = layer.bias.detach().clone()
+    optimizer.step()
+    assert torch.equal(layer.bias, bias)
+    assert float(MaxNorm(0.1).violation(layer.weight.detach()).max()) == 0
+
+
+def test_rules_in_a_group_are_refused():
+    with pytest.raises(TypeError, match="rules go to the constructor"):
+        ProjectedSGD([{"params": [weight()], "constraint": {"*": MaxNorm(1.0)}}], lr=0.1)

@@ -347,7 +347,7 @@ class NoLearningRate(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (refuse(update="relative"), TypeError, "is no shaping: pass one such as RelativeUpdate"),
+        (refuse(update="relative"), TypeError, "is not a shaping of updates: pass one such as RelativeUpdate"),
         (refuse(gradient="normal"), ValueError, "gradient='normal' is not known"),
         (refuse(gradient="tangent"), ValueError, "needs a set of vectors"),
         (refuse(constraint=NonNegative(), gradient="tangent"), ValueError, "needs a set of vectors"),
@@ -468,10 +468,11 @@ class Interrupted(TangentUpdate):
         raise KeyboardInterrupt
 
 
-def test_an_interrupt_while_the_update_is_shaped_gives_the_weights_back():
+@pytest.mark.parametrize("fused", [None, True])
+def test_an_interrupt_while_the_update_is_shaped_gives_the_weights_back(fused):
     p = torch.nn.Parameter(torch.randn(3, 4))
     w = p.detach().clone()
-    optimizer = projected(torch.optim.SGD)([p], lr=0.1, constraint=UnitNorm(), update=Interrupted())
+    optimizer = projected(torch.optim.SGD)([p], lr=0.1, constraint=UnitNorm(), update=Interrupted(), fused=fused)
     p.grad = torch.ones_like(p)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()

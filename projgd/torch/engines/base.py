@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from projgd.axes import Vectors
@@ -21,9 +22,16 @@ from projgd.bands import Band
 from projgd.constraints import Constraint
 from projgd.sums import FLOATS, FloatType
 from projgd.torch.metrics import Metric
+from projgd.updates import Update
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
+
+
+def has_numbers(p: Tensor) -> bool:
+    """Return whether a tensor has numbers to project: it has entries, and is no meta or fake tensor without memory."""
+    return p.numel() > 0 and not p.is_meta and not isinstance(p, FakeTensor)
+
 
 _address, _stride = Tensor.data_ptr, Tensor.stride
 
@@ -44,6 +52,8 @@ class Job:
         forced: the name of the engine that the user names; None for the best one.
         compiled: whether torch.compile traces the step.
         params: the parameters of the job: those of the group, or some of them.
+        shared: the ids of parameters that share memory with another one. Each of them is projected by itself, after all
+            have been updated.
     """
 
     optimizer: Optimizer
@@ -56,6 +66,7 @@ class Job:
     forced: str | None = None
     compiled: bool = False
     params: Sequence[Tensor] = ()
+    shared: frozenset[int] = frozenset()
     _gradients: dict[int, list[Any]] = field(default_factory=dict, repr=False)
 
     def gradients(self, params: Sequence[Tensor]) -> list[Any]:
@@ -76,6 +87,11 @@ class Job:
     def vectors(self, p: Tensor) -> Vectors | None:
         """Return the vectors of a parameter that the constraint applies to; None for a parameter that is free."""
         return None if self.constraint is None else self.constraint.resolve(tuple(p.shape), "out_first")
+
+    def vectors_of_update(self, p: Tensor) -> Vectors | None:
+        """Return the vectors along which the update of a parameter is shaped; None for one that stays as it is."""
+        update: Update | None = self.group.get("update")
+        return None if update is None else update.resolve(tuple(p.shape), "out_first", beside=self.constraint)
 
     def bound(self, p: Tensor) -> Constraint:
         """Return the constraint of a parameter, with the radii that were taken from it."""
@@ -178,8 +194,9 @@ STEPPED = (SGD, Adam, AdamW)
 def reasons_not_to_step(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     """Yield what keeps any engine from stepping a parameter, each with a sentence for the user."""
     yield job.inner not in STEPPED, f"it runs SGD, Adam and AdamW, not {job.inner.__name__}"
-    yield any(job.group.get(k) is not None for k in ("gradient", "update")), "it takes gradient and update as they come"
+    yield job.group.get("gradient") is not None, "it takes the gradient as it comes"
     yield type(p) not in PLAIN or not p.numel(), f"the parameter is a {type(p).__name__} of {p.numel()} entries"
+    yield id(p) in job.shared, "the parameter shares memory with another one"
     yield job.compiled, "torch.compile makes a graph of its own"
     yield not job.group.get("fused"), "fused=True was not passed"
     yield p.grad is not None and p.grad.layout != torch.strided, "the gradient is sparse"

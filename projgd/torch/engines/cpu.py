@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import operator
 import os
 import sys
@@ -37,7 +38,7 @@ from projgd.torch.engines.base import (
 from projgd.torch.metrics import OfStep
 
 if TYPE_CHECKING:
-    from projgd.torch.engines.cpu_kernel import Tables
+    from projgd.torch.engines.cpu_tables import ShapedTables, Tables
 
 _address, _stride = Tensor.data_ptr, Tensor.stride  # `map` calls methods faster than lambdas
 
@@ -55,7 +56,7 @@ class Cpu(Engine):
         return next((reason for is_refused, reason in _reasons(job, p) if is_refused), None)
 
     def prepare(self, job: Job, params: Sequence[Tensor]) -> _Prepared:
-        from projgd.torch.engines.cpu_kernel import Tables
+        from projgd.torch.engines.cpu_tables import ShapedTables, Tables
 
         _hyperparameters(job)  # an error about them must come before a state is added
         names = state_names(job)
@@ -65,12 +66,19 @@ class Cpu(Engine):
             for p in params:
                 add_missing_states(job, p)
         read = {name: [state[name] for state in states] for name in names}
-        table = [list(map(_address, tensors)) for tensors in (params, params, *(read[k] for k in names if k != "step"))]
-        # Row 1 is written at every step. Missing states repeat the last row, so that row 4 is always Adam's v.
-        table += table[-1:] * (5 - len(table))
+        # Updates that are shaped go to spare memory first. Row 1 is written at every step. Missing states repeat the
+        # last row, so that row 4 is always Adam's v.
+        written = [p if job.vectors_of_update(p) is None else torch.empty_like(p) for p in params]
+        table = [list(map(_address, x)) for x in (written, params, *(read[k] for k in names if k != "step"))]
+        table += [*table[-1:] * (5 - len(table)), list(map(_address, params))]
         sources, bands, rows = _lay_out(job, params)
-        tables = Tables(table, list(map(_address, read.get("step", []))), rows, bands)
-        return _Prepared(tables, sources, job.constraint, starting, [read, *job.radii.values()])
+        counters, update = list(map(_address, read.get("step", []))), job.group.get("update")
+        tables: Tables | ShapedTables = (
+            Tables(table, counters, rows, bands)
+            if update is None
+            else ShapedTables(table, counters, rows, bands, update)
+        )
+        return _Prepared(tables, sources, job.constraint, starting, [read, written, *job.radii.values()])
 
     def run(self, prepared: _Prepared, job: Job, params: Sequence[Tensor]) -> None:
         if job.skip is not None and job.skip.item() > 0:
@@ -116,7 +124,10 @@ def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     yield _forked, "this process was forked from one in which numba's threads had been at work"
     yield not is_alike(p, p), "the parameter is not a dense tensor"
     vectors = job.vectors(p)
-    yield rows_in_memory(p, vectors) is None, "the vectors do not lie in memory one after the other"
+    yield (
+        rows_in_memory(p, vectors or job.vectors_of_update(p)) is None,
+        "the vectors do not lie in memory one after the other",
+    )
     band = job.band(p, vectors)
     yield vectors is not None and band is None, f"{job.constraint} is not a set of norms"
     if band is not None and job.metric is not None:
@@ -153,13 +164,13 @@ class _Prepared:
 
     Attributes:
         tables: what the kernel reads.
-        sources: for each run of bands, its first row in the table of bands, the parameter, and its vectors.
+        sources: for each run of bands, its rows in the table of bands, the parameter, and its vectors.
         constraint: the constraint that the bands were made from.
         starting: the parameters whose momentum starts with this step.
         kept: tensors and radii that are known by address or identity; keeping them here keeps both unique.
     """
 
-    tables: Tables
+    tables: Tables | ShapedTables
     sources: list[_Source]
     constraint: Constraint | None
     starting: list[int]
@@ -169,9 +180,8 @@ class _Prepared:
         """Run the kernel on gradients at these addresses; return the parameters that need `_project_unsettled`."""
         tables = self.tables
         if job.constraint is not self.constraint:
-            for row, p, vectors in self.sources:
-                numbers = _numbers(job.band(p, vectors), vectors)
-                tables.bands[row : row + len(numbers)] = numbers
+            for rows, p, vectors in self.sources:
+                tables.bands[rows] = _numbers(job.band(p, vectors), vectors)
             self.constraint = job.constraint
         read = _hyperparameters(job)
         if job.inner is SGD:
@@ -192,7 +202,8 @@ def _hyperparameters(job: Job) -> tuple[float, ...]:
     return lr, *betas_of(group), float(group["eps"]), decay, sign, *kind
 
 
-_Source = tuple[int, Tensor, Vectors]
+_EVERY_NORM = [(0.0, math.inf, 1.0, 1.0, 1.0)]
+_Source = tuple[slice, Tensor, Vectors]
 
 
 def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[Any], list[Any]]:
@@ -202,14 +213,18 @@ def _lay_out(job: Job, params: Sequence[Tensor]) -> tuple[list[_Source], list[An
     rows: list[Any] = []
     places: dict[Any, tuple[int, int]] = {}
     for p in params:
-        vectors = job.vectors(p)
-        key: Any = id(p) if p in job.radii else vectors
-        if vectors is not None and key not in places:
-            numbers = _numbers(job.band(p, vectors), vectors)
+        vectors, shaped = job.vectors(p), job.vectors_of_update(p)
+        count, length = rows_in_memory(p, vectors or shaped) or (0, 0)
+        key: Any = vectors if shaped is None and p not in job.radii else id(p)
+        if (vectors or shaped) is not None and key not in places:
+            numbers = _EVERY_NORM if vectors is None else _numbers(job.band(p, vectors), vectors)
+            if shaped is not None and len(numbers) < count:  # the update has numbers for each vector, too
+                numbers = numbers * count
             places[key] = len(bands), int(len(numbers) > 1)
-            sources.append((len(bands), p, vectors))
+            if vectors is not None:
+                sources.append((slice(len(bands), len(bands) + len(numbers)), p, vectors))
             bands += numbers
-        rows.append((*(rows_in_memory(p, vectors) or ()), *places.get(key, (-1, 0))))
+        rows.append((count, length, *places.get(key, (-1, 0))))
     return sources, bands, rows
 
 

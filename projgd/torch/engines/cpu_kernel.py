@@ -6,7 +6,7 @@ taken and those outside of their band are scaled, all while they are in the firs
 a tile is shared: each of its tiles stores its sum of squares, and a second pass rescales the row.
 
 Sums are taken in float64. Squares of float32 numbers neither over- nor underflow there, and their sum is as good as
-exact in any order. So `_plus_square` may reorder them, which vectorises the loop. No flag assumes that NaN or infinity
+exact in any order. So `_plus_product` may reorder them, which vectorises the loop. No flag assumes that NaN or infinity
 cannot occur, except in `_prepare_metric` and `_sum_block`, which see finite numbers only.
 
 Everything compiled is in this file, because numba's cache on disk checks the age of one file only.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +35,11 @@ try:
 except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
-Rows = Sequence[tuple[int, int, int, int]]
-"""Where the vectors of each tensor lie, see `cut_tiles`."""
-
-Table = Sequence[Sequence[float]]
-
-TILE = 1 << 14
-"""Entries of a tile: with gradient and states they fit into the second-level cache."""
-
-LONG = 1 << 15
-"""Entries from which on a row is shared by several tiles."""
-
 BLOCK = 512
 """Entries of short rows that are updated in one call, and then measured; a longer row is updated on its own."""
 
-SHARE = 1 << 17
-"""Entries that are worth another thread."""
-
 TENSOR, START, COUNT, LENGTH, BAND, STEP, FIRST, PARTS = range(8)  # the columns of `tiles`
-PARAM, GRAD, M, V, LARGEST = range(5)  # the rows of the table of addresses
+PARAM, GRAD, M, V, LARGEST, WEIGHTS = range(6)  # the rows of the table of addresses
 GUESS = 256  # the first guess at a multiplier reads this many entries of a vector
 STEPS = 30  # the iteration for a multiplier usually needs 2 or 3 steps
 LIGHTEST, HEAVIEST = (127 - 50) << 23, (127 + 50) << 23  # the bits of 2^-50 and 2^50, see `_prepare_metric`
@@ -83,14 +69,14 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def _plus_square(typing: Any, total: Any, x: Any) -> Any:
-    """Return total + x · x; the compiler may add in any order, so it adds several squares at once."""
+def _plus_product(typing: Any, total: Any, x: Any, y: Any) -> Any:
+    """Return total + x · y; the compiler may add in any order, so it adds several products at once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         flags = ("reassoc", "contract")
-        return builder.fadd(args[0], builder.fmul(args[1], args[1], flags=flags), flags=flags)
+        return builder.fadd(args[0], builder.fmul(args[1], args[2], flags=flags), flags=flags)
 
-    return types.float64(types.float64, types.float64), codegen
+    return types.float64(types.float64, types.float64, types.float64), codegen
 
 
 @_exact
@@ -125,7 +111,7 @@ def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: flo
                 d = _fma(decay, p[i], d)
             p[i] = _fma(-lr, d, p[i])
             if total is not None:
-                total = _plus_square(total, np.float64(p[i]))
+                total = _plus_product(total, np.float64(p[i]), np.float64(p[i]))
     else:
         for i in range(p.size):
             d = sign * g[i]
@@ -135,7 +121,7 @@ def _update_sgd(h: Any, table: Any, k: int, start: int, size: int, undamped: flo
             d = _fma(momentum, m[i], d) if nesterov else m[i]
             p[i] = _fma(-lr, d, p[i])
             if total is not None:
-                total = _plus_square(total, np.float64(p[i]))
+                total = _plus_product(total, np.float64(p[i]), np.float64(p[i]))
     return total
 
 
@@ -172,6 +158,42 @@ def _update_adam(h: Any, table: Any, k: int, start: int, size: int, rates: Any) 
 
 
 @_exact
+def _start(table: Any, k: int, start: int, size: int, reads_weights: bool) -> None:
+    """Let the update of a shaped tensor start from zero or, if it reads the weights, from a copy of them."""
+    if table[WEIGHTS, k] != table[PARAM, k]:
+        u, w = _view(table[PARAM, k], start, size), _view(table[WEIGHTS, k], start, size)
+        for i in range(u.size):
+            u[i] = w[i] if reads_weights else np.float32(0)
+
+
+@_exact
+def _observe(table: Any, k: int, start: int, count: int, size: int, observed: Any, place: int) -> None:
+    """Leave the updates u alone in the memory of a shaped tensor, and write Σw², Σu² and Σwu of `count` vectors."""
+    reads_weights, sums, _ = observed
+    for n in range(count if table[WEIGHTS, k] != table[PARAM, k] else 0):
+        u, w = _view(table[PARAM, k], start + n * size, size), _view(table[WEIGHTS, k], start + n * size, size)
+        ww = uu = wu = 0.0
+        for i in range(u.size):
+            if reads_weights:
+                u[i] -= w[i]
+            a, b = np.float64(w[i]), np.float64(u[i])
+            ww, uu, wu = _plus_product(ww, a, a), _plus_product(uu, b, b), _plus_product(wu, a, b)
+        sums[place + n, 0], sums[place + n, 1], sums[place + n, 2] = ww, uu, wu
+
+
+@_exact
+def _move(table: Any, k: int, start: int, count: int, size: int, moved: Any, at: int) -> None:
+    """Add weight · w + factor · u to each of `count` vectors w, in the order of `projgd.torch.shaping`."""
+    adds_weights, numbers = moved
+    for n in range(count):
+        w, u = _view(table[PARAM, k], start + n * size, size), _view(table[GRAD, k], start + n * size, size)
+        weight, factor = np.float32(numbers[at + n, 0]), np.float32(numbers[at + n, 1])
+        for i in range(w.size):
+            share = u[i] * factor
+            w[i] += share + w[i] * weight if adds_weights else share
+
+
+@_exact
 def _count(h: Any, counters: Any, rates: Any) -> None:
     """Add 1 to the step counts, and write the step size and the root of the second bias correction to `rates`."""
     count = np.float32(0)
@@ -189,7 +211,7 @@ def _count(h: Any, counters: Any, rates: Any) -> None:
 def _sum_squares(address: int, start: int, size: int) -> float:
     x, total = _view(address, start, size), 0.0
     for i in range(x.size):
-        total = _plus_square(total, np.float64(x[i]))
+        total = _plus_product(total, np.float64(x[i]), np.float64(x[i]))
     return total
 
 
@@ -223,21 +245,28 @@ def _scale(x: Any, factor: float) -> None:
 
 @_exact
 def _project(
-    metric_eps: Any, norm: float, band: Any, table: Any, k: int, start: int, size: int, root: float, space: Any
-) -> Any:
-    """Project a vector of this norm, or without a metric a part of one.
-
-    Returns:
-        False if the metric is out of range.
-    """
+    metric_eps: Any,
+    norm: float,
+    band: Any,
+    table: Any,
+    k: int,
+    start: int,
+    size: int,
+    root: float,
+    space: Any,
+    unsettled: Any,
+) -> None:
+    """Project a vector of this norm, or without a metric a part of one; mark a tensor whose metric is out of range."""
     factor = _factor(norm, band)
     if factor == 1:
-        return True
+        return
     x = _view(table[PARAM, k], start, size)
     if metric_eps is None:
         _scale(x, factor)
-        return True
-    return _project_in_metric(x, _view(table[LARGEST, k], start, size), root, metric_eps, norm, band[3], space)
+    else:
+        v = _view(table[LARGEST, k], start, size)
+        if not _project_in_metric(x, v, root, metric_eps, norm, band[3], space):
+            unsettled[k] = 1
 
 
 @_exact
@@ -331,16 +360,24 @@ def _shrink(y: Any, d: Any, multiplier: float) -> float:
     return math.sqrt(total)
 
 
-def step(sgd: Any, adam: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: Any) -> None:
+def step(sgd: Any, adam: Any, observed: Any, moved: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: Any) -> None:
     """Run one optimizer step and its projection for all tensors.
+
+    A shaped update takes two runs. The first (`observed`) projects nothing: it writes the updates into spare memory,
+    and the sums that `projgd.updates` needs. The second (`moved`, no optimizer) adds them to the weights and projects.
 
     Args:
         sgd: lr, momentum, weight decay, sign of the gradient, whether nesterov, and what gradients are divided by
             first: GradScaler's scale, or 1. None for Adam: the kernel is compiled for each.
         adam: lr, beta1, beta2, ε, weight decay, sign, whether the decay is decoupled, whether amsgrad, scale. None for
-            SGD.
+            SGD, and both are None in the second run.
+        observed: None; or whether the update reads the weights, sums: float64 (places, 3), written here for each vector
+            or part of one, and for each tile the place of its first.
+        moved: None; or whether a share of the weights is added, and numbers: float64 (vectors, 2), that share and the
+            multiple of the update for each vector, which has its row of `bands` in the same place.
         metric_eps: None for the Euclidean projection; or ε of the metric D = √v / root + ε, with v the last address.
-        arrays: addresses: int64 (5, tensors), of parameter, gradient and three states;
+        arrays: addresses: int64 (6, tensors), of parameter, gradient, three states, and the parameter again. In
+            the first run for shaped updates, spare memory comes first; in the second, updates replace gradients;
             counters: int64 (tensors,), addresses of Adam's step counts, otherwise empty;
             rates: float64 (tensors, 2), for SGD the first column is what the gradient is multiplied by before it is
             added to the momentum, for Adam it is written here;
@@ -348,7 +385,7 @@ def step(sgd: Any, adam: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: 
             sums: float64 (tiles,), written here by tiles that share a vector;
             unsettled: int64 (tensors,), becomes 1 where the metric is out of range, and the tensor needs
             `projgd.metrics.project_band`.
-        tiles: int64 (tiles, 8), see `cut_tiles`.
+        tiles: int64 (tiles, 8), see `cpu_tables.cut_tiles`.
         ranges: int64 (threads + 1,): which tiles are whose.
     """
     table, counters, rates, bands, sums, unsettled = arrays
@@ -364,9 +401,12 @@ def step(sgd: Any, adam: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: 
             k, length, is_free = tile[TENSOR], tile[LENGTH], tile[BAND] < 0
             side = max(1, BLOCK // length)
             for j in range(0, tile[COUNT], side):
-                count, start, square = min(side, tile[COUNT] - j), tile[START] + j * length, 0.0
-                is_summed = count == 1 and not is_free and adam is None
+                count, start = min(side, tile[COUNT] - j), tile[START] + j * length
+                at, square = tile[BAND] + j * tile[STEP], 0.0
+                is_summed = count == 1 and not is_free and sgd is not None
                 # numba removes a branch that cannot run because a value is None, but only a simple `if`.
+                if observed is not None:
+                    _start(table, k, start, count * length, observed[0])
                 if sgd is not None:
                     if is_summed:
                         square = _update_sgd(sgd, table, k, start, length, rates[k, 0], 0.0)
@@ -374,16 +414,19 @@ def step(sgd: Any, adam: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: 
                         _update_sgd(sgd, table, k, start, count * length, rates[k, 0], None)
                 if adam is not None:
                     _update_adam(adam, table, k, start, count * length, rates)
+                if observed is not None:
+                    _observe(table, k, start, count, length, observed, observed[2][i] + j)
+                if moved is not None:
+                    _move(table, k, start, count, length, moved, at)
                 for n in range(0 if is_free else count):
-                    at, first = tile[BAND] + (j + n) * tile[STEP], start + n * length
+                    row, first = at + n * tile[STEP], start + n * length
                     if not is_summed:
                         square = _sum_squares(table[PARAM, k], first, length)
                     if tile[PARTS] > 1:
                         sums[i] = square
-                    elif not _is_inside(square, bands[at, 0], bands[at, 1]):
-                        norm = math.sqrt(square)
-                        if not _project(metric_eps, norm, bands[at], table, k, first, length, rates[k, 1], space):
-                            unsettled[k] = 1
+                    elif not _is_inside(square, bands[row, 0], bands[row, 1]):
+                        norm, root = math.sqrt(square), rates[k, 1]
+                        _project(metric_eps, norm, bands[row], table, k, first, length, root, space, unsettled)
     if is_shared:
         for t in prange(len(ranges) - 1):
             space = np.empty((2, longest if metric_eps is not None else 1), np.float32)
@@ -394,8 +437,7 @@ def step(sgd: Any, adam: Any, metric_eps: Any, arrays: Any, tiles: Any, ranges: 
                     length = tiles[first:end, LENGTH].sum() if first == i else 0
                 if tile[PARTS] > 1 and length > 0:
                     k, norm, band = tile[TENSOR], math.sqrt(sums[first:end].sum()), bands[tile[BAND]]
-                    if not _project(metric_eps, norm, band, table, k, tile[START], length, rates[k, 1], space):
-                        unsettled[k] = 1
+                    _project(metric_eps, norm, band, table, k, tile[START], length, rates[k, 1], space, unsettled)
 
 
 def _compile() -> Any:
@@ -411,38 +453,7 @@ _lock = threading.Lock()  # numba's simplest thread pool cannot be entered twice
 _ready: set[tuple[type, ...]] = set()  # the types that the kernel is compiled for
 
 
-class Tables:
-    """Hold what the kernel reads and writes, for tensors that do not move in memory.
-
-    Attributes:
-        rates: see `step`.
-        bands: see `step`.
-    """
-
-    def __init__(self, addresses: Table, counters: Sequence[int], tensors: Rows, bands: Table) -> None:
-        """Lay out the tables; `tensors` as in `cut_tiles`."""
-        self._addresses, self._counters = np.array(addresses, dtype=np.int64), np.array(counters, dtype=np.int64)
-        self.rates, self.bands = np.zeros((len(tensors), 2)), np.array(bands, dtype=np.float64).reshape(-1, 5)
-        self._tiles = cut_tiles(tensors)
-        self._sums, self._unsettled = np.zeros(len(self._tiles)), np.zeros(len(tensors), dtype=np.int64)
-        self._most = 1 + sum(count * length for count, length, *_ in tensors) // SHARE  # more threads would slow it
-        self._ranges: dict[int, Any] = {}  # the user may change the number of threads
-
-    def run(self, grads: Sequence[int], sgd: Any, adam: Any, eps: float | None) -> list[int]:
-        """Run `step` with gradients at these addresses; return the tensors whose metric is out of range."""
-        self._addresses[GRAD] = grads
-        threads = min(torch.get_num_threads(), self._most)
-        if threads not in self._ranges:
-            self._ranges[threads] = deal_out(self._tiles, threads)
-        arrays = self._addresses, self._counters, self.rates, self.bands, self._sums, self._unsettled
-        _launch(threads, (sgd, adam, eps, arrays, self._tiles, self._ranges[threads]))
-        unsettled: list[int] = [] if eps is None else np.flatnonzero(self._unsettled).tolist()
-        if unsettled:
-            self._unsettled[:] = 0
-        return unsettled
-
-
-def _launch(threads: int, operands: tuple[Any, ...]) -> None:
+def launch(threads: int, operands: tuple[Any, ...]) -> None:
     """Run the kernel, alone in this process, and alone on this machine if it may have to be compiled."""
     variant = tuple(map(type, operands))
     with _lock, contextlib.nullcontext() if variant in _ready else _compiling():
@@ -472,34 +483,3 @@ def _compiling() -> Iterator[None]:
     with (Path(directory) / "projgd.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield  # closing the file releases the lock
-
-
-def cut_tiles(tensors: Rows) -> Any:
-    """Return the tiles that the kernel walks over, one in each row.
-
-    The columns are: the tensor; the start of its first vector; the number of vectors, and of entries in each; the row
-    in `bands` of the first vector, or -1 for a free tensor, and the distance to that of the next vector; the first of
-    the tiles that share its vector, and their number.
-
-    Args:
-        tensors: (count, length, band, step) of each: `count` vectors of `length` entries in memory.
-    """
-    rows: list[tuple[int, ...]] = []
-    for k, (count, length, band, step) in enumerate(tensors):
-        size = min(length, TILE if band < 0 else LONG)
-        parts = 1 if band < 0 else -(-length // size)
-        side = max(1, TILE // length)
-        for j in range(0, count, side):
-            first = len(rows)
-            for begin in range(0, length, size):
-                each = min(side, count - j), min(size, length - begin)
-                rows.append((k, j * length + begin, *each, band + j * step, step, first, parts))
-    return np.array(rows, dtype=np.int64).reshape(-1, 8)
-
-
-def deal_out(tiles: Any, threads: int) -> Any:
-    """Return the range of tiles of each thread, with about the same number of entries in each."""
-    ends = np.concatenate([[0], np.cumsum(tiles[:, COUNT] * tiles[:, LENGTH])])
-    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1))
-    cuts[-1] = len(tiles)
-    return cuts.astype(np.int64)

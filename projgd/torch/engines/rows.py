@@ -42,6 +42,8 @@ class Rows(Engine):
             return f"{job.inner.__name__} may move any row, not only those of a sparse gradient"
         if job.group.get("without_grad") or job.skip is not None or p in job.radii:
             return "the whole table is projected under GradScaler, without_grad=True and for initial norms"
+        if id(p) in job.shared:
+            return "the parameter shares memory with another one, which may move any row"
         vectors = job.vectors(p)
         if vectors is None or vectors.shape != tuple(p.shape) or 0 in vectors.axes:
             return "a vector does not lie in one row"

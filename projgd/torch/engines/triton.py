@@ -98,6 +98,7 @@ def _reasons(job: Job, p: Tensor) -> Iterator[tuple[bool, str]]:
     unmeasured = 'it has not been measured on a GPU yet: engine="triton" asks for it'
     yield job.forced != "triton", unmeasured if p.device.type == "cuda" else ""
     yield from reasons_not_to_step(job, p)
+    yield job.group.get("update") is not None, "it takes the update as it comes"
     yield job.metric is not None, "it projects in the Euclidean metric only"
     yield job.skip is not None, "it does not unscale gradients, which GradScaler leaves to fused steps"
     yield not (is_gpu or is_interpreted), f"it is for CUDA of compute capability 7.0 or higher, not for {p.device}"

@@ -10,10 +10,13 @@ import os
 import subprocess
 import sys
 
+import array_api_compat.torch as xp
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from projgd import Box, MaxNorm, MinMaxNorm, RelativeUpdate, Sphere, TangentUpdate, UnitNorm
+from projgd import Box, MaxNorm, MaxUpdate, MinMaxNorm, RadialBrake, RelativeUpdate, Sphere, TangentUpdate, UnitNorm
 from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.cpu import Cpu
@@ -222,7 +225,7 @@ def test_autograd_notices_that_the_weights_were_written(fused):
 
 @FUSED
 @pytest.mark.parametrize(
-    "settings",
+    "options",
     [
         {"c": 3.0},
         {"c": 3.0, "metric": "adaptive"},
@@ -232,13 +235,13 @@ def test_autograd_notices_that_the_weights_were_written(fused):
     ],
     ids=str,
 )
-def test_a_programs_default_device_and_dtype_do_not_matter(settings, fused):
+def test_a_programs_default_device_and_dtype_do_not_matter(options, fused):
     """They are for its own tensors, not for those that a step makes for itself."""
     found = []
     for device, dtype in (("cpu", torch.float32), ("meta", torch.float64)):
         (p,) = random((40, 90))
         p.grad = torch.ones_like(p)
-        optimizer = ProjectedAdam([p], lr=0.1, fused=fused, **settings)
+        optimizer = ProjectedAdam([p], lr=0.1, fused=fused, **options)
         optimizer.step()  # torch.optim makes its step count on the default device
         torch.set_default_device(device)
         torch.set_default_dtype(dtype)
@@ -297,6 +300,148 @@ def test_a_step_that_gradscaler_skips_changes_nothing_and_momentum_starts_later(
         constraint = group["constraint"] or MaxNorm(1.0, group["axis"])
         torch.testing.assert_close(p.detach(), constraint.project(q.detach()), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)  # as torch's own fused step leaves it
+
+
+# ---------------------------------------------------------------------------------------------------- shaped updates
+
+BRAKE, TANGENT, RELATIVE, BOUND = RadialBrake(0.5, 0.8), TangentUpdate(), RelativeUpdate(), MaxUpdate(0.03, floor=0.01)
+SETTINGS = st.one_of(
+    st.fixed_dictionaries({"constraint": st.sampled_from([None, UnitNorm(), Sphere("initial", None)])}),
+    st.fixed_dictionaries({"c": st.sampled_from([1.0, 1e30]), "axis": st.sampled_from([None, "fan_in", "matrix"])}),
+    st.fixed_dictionaries({"c": st.just(1.0), "metric": st.just("adaptive")}),
+    st.just({"constraint": MinMaxNorm(0.5, 1.0)}),
+)
+INNER = [
+    (ProjectedAdam, {}),
+    (ProjectedAdam, {"weight_decay": 0.01, "maximize": True}),
+    (ProjectedAdamW, {"weight_decay": 0.1, "amsgrad": True}),
+    (ProjectedSGD, {}),
+    (ProjectedSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (ProjectedSGD, {"momentum": 0.9, "dampening": 0.5, "maximize": True}),
+]
+
+
+def step_shaped(shapes, cls, fused, change, steps=3, **options):
+    """Return the parameters and the optimizer after some steps; `change(t, params, optimizer)` comes before step t."""
+    params = [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(7))) for s in shapes]
+    optimizer = cls([(str(i), p) for i, p in enumerate(params)], lr=0.02, fused=fused, **options)
+    for t in range(steps):
+        give_gradients(params, t)
+        change(t, params, optimizer)
+        optimizer.step()
+    return params, optimizer
+
+
+def check_as_unfused(shapes, cls, change=lambda t, params, optimizer: None, **options):
+    """The kernel takes all parameters, and weights and states are those of the default step."""
+    ours, optimizer = step_shaped(shapes, cls, True, change, **options)
+    assert {choice.engine for choice in optimizer.routes().values()} == {"cpu"}
+    theirs, other = step_shaped(shapes, cls, None, change, **options)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-6, equal_nan=True)
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for name, state in optimizer.state[p].items():
+            torch.testing.assert_close(state, other.state[q][name], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@NEEDS_NUMBA
+@pytest.mark.filterwarnings("ignore:weight_decay")
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(
+        st.one_of(
+            st.tuples(st.integers(1, 40), st.integers(2, 50)),
+            st.sampled_from([(9,), (3, 4, 3, 3), (2, 40_000), (300, 700), (9000, 2), (600, 1), (1, 600)]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    setting=SETTINGS,
+    update=st.sampled_from([BRAKE, TANGENT, RELATIVE, BOUND]),
+    inner=st.sampled_from(INNER),
+    bad=st.sampled_from([None, None, ("weight", math.nan), ("gradient", math.nan), ("gradient", math.inf)]),
+    missing=st.sampled_from([None, 0, 1, 2]),
+)
+def test_a_shaped_step_is_that_of_plain_operations(shapes, setting, update, inner, bad, missing):
+    """Biases beside matrices, gradients that miss a step, gradients of zero, vectors with NaN or infinity."""
+    cls, options = inner
+    if setting.get("metric") and cls is ProjectedSGD:
+        setting = {"c": 1.0}
+
+    def change(t, params, optimizer):
+        if t == missing and len(params) > 1:
+            params[0].grad = None
+        if t == 1:
+            params[-1].grad[:1] = 0
+        if t == 2 and bad:
+            where = params[-1].detach() if bad[0] == "weight" else params[-1].grad
+            where.view(-1)[-1] = bad[1]
+
+    check_as_unfused(shapes, cls, change, update=update, **setting, **options)
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("size", [1e-27, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("update", [BRAKE, TANGENT, RELATIVE, BOUND], ids=lambda u: type(u).__name__)
+@pytest.mark.parametrize("length", [40, 70_000])
+def test_a_shaped_step_of_any_size_is_the_formula(length, update, size):
+    """In float64, where no square over- or underflows; SGD, so that the update has the size of the weights."""
+    (p,), (g,) = random((3, length), scale=size), random((3, length), seed=1, scale=size)
+    optimizer = ProjectedSGD([p], lr=0.02, c=1e6 * size, update=update, fused=True)
+    w, u = p.detach().double(), -0.02 * g.detach().double()
+    wanted = w + update.shape(u, w, 0.02, (1,), xp)
+    p.grad = g.detach()
+    optimizer.step()
+    assert (p.detach().double() - wanted).norm() <= 1e-7 * w.norm()
+    assert [choice.engine for choice in optimizer.routes().values()] == ["cpu"]
+
+
+@NEEDS_NUMBA
+def test_the_kernel_knows_the_metric_of_a_shaped_step(monkeypatch):
+    monkeypatch.setattr("projgd.torch.engines.cpu._project_unsettled", None)  # for a metric that is out of range
+    check_as_unfused([(30, 40), (5,)], ProjectedAdam, update=BRAKE, c=1.0, metric="adaptive")
+
+
+@NEEDS_NUMBA
+def test_settings_of_a_shaped_group_may_change_between_steps():
+    def change(t, params, optimizer):
+        group = optimizer.param_groups[0]
+        group["c"], group["lr"] = (3.0, 1.0, 2.0, 0.5)[t], 0.01 * (1 + t)
+        group["update"] = (BRAKE, BRAKE, TANGENT, None)[t]
+        group["weight_decay"] = (0.0, 0.1, 0.0, 0.0)[t]
+
+    check_as_unfused([(30, 40), (5,), (600, 300)], ProjectedAdam, change, steps=4, c=1.0, update=BRAKE)
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize(("cls", "options"), INNER[::3])
+def test_gradscaler_scales_and_skips_a_shaped_step(cls, options):
+    def scale(t, params, optimizer):
+        if optimizer.param_groups[0]["fused"]:  # GradScaler unscales the gradients of any other step itself
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(t == 0))
+            for p in params:
+                p.grad *= 8
+        elif t == 0:
+            for p in params:
+                p.grad = None
+
+    check_as_unfused([(30, 40), (5,)], cls, scale, c=1.0, update=RELATIVE, **options)
+
+
+@NEEDS_NUMBA
+def test_what_the_kernel_does_not_take_of_a_shaped_group_is_shaped_by_plain_operations():
+    ends = []
+    for fused in (True, None):
+        params = random((8, 9), (8, 9), (7,))
+        params[1] = torch.nn.Parameter(params[1].detach().double())
+        optimizer = ProjectedAdam(params, lr=0.1, c=1.0, update=BRAKE, fused=fused)
+        for t in range(2):
+            give_gradients(params, t)
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+        engines = [choice.engine for choice in optimizer.routes().values()]
+        assert engines == (["cpu", "reference", "cpu"] if fused else ["eager", "reference", "free"])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 @NEEDS_NUMBA
@@ -386,8 +531,9 @@ def refusals():
     yield job_for(p, change={"fused": False}), "fused=True"
     yield job_for(p, compiled=True), "torch.compile"
     yield (Job(torch.optim.RMSprop([p]), torch.optim.RMSprop, {"fused": True}, None), p), "RMSprop"
-    for change in ({"gradient": "tangent"}, {"update": RelativeUpdate()}):
-        yield job_for(p, change=change), "as they come"
+    yield job_for(p, change={"gradient": "tangent"}), "as it comes"
+    yield job_for(p, constraint=MaxNorm(1.0, 0), change={"update": RelativeUpdate()}), "one after the other"
+    yield job_for(p, constraint=Box(-1.0, 1.0), change={"update": TangentUpdate()}), "not a set of norms"
     for change in ({"capturable": True}, {"differentiable": True}):
         yield job_for(p, change=change), "no graph can record"
     yield job_for(p, metric=lambda p: None), "no other metric"
@@ -425,8 +571,8 @@ def test_one_and_two_threads_make_the_same_bits():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             params = random(*shapes, scale=2.0)
-            for cls in (ProjectedSGD, ProjectedAdamW):
-                optimizer = cls(params, lr=0.1, c=3.0, fused=True)
+            for cls, update in ((ProjectedSGD, None), (ProjectedAdamW, None), (ProjectedAdamW, RadialBrake())):
+                optimizer = cls(params, lr=0.1, c=3.0, fused=True, update=update)
                 for i in range(2):
                     give_gradients(params, i)
                     optimizer.step()

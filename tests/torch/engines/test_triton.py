@@ -146,7 +146,7 @@ def refusals():
     yield Job(job.optimizer, torch.optim.RMSprop, job.group, MaxNorm(1.0), forced="triton"), p, "RMSprop"
     for key, value in (("gradient", "tangent"), ("update", RelativeUpdate())):
         group = {**job.group, key: value}
-        yield Job(job.optimizer, job.inner, group, MaxNorm(1.0), forced="triton"), p, "as they come"
+        yield Job(job.optimizer, job.inner, group, MaxNorm(1.0), forced="triton"), p, "as it comes"
     arguments = (job.optimizer, job.inner, job.group, MaxNorm(1.0))
     yield Job(*arguments, metric=object(), forced="triton"), p, "Euclidean"
     yield Job(*arguments, skip=torch.zeros(()), forced="triton"), p, "GradScaler"

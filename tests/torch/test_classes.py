@@ -141,8 +141,8 @@ def test_every_form_of_params_and_a_decay_of_zero():
     ("params", "options", "says"),
     [
         ([("proj", weight(value=0.0))], {}, "proj: 1 of its 1 vectors have norm 0"),
-        ([start()], {"weight_decay": 0.1}, r"weight_decay=0.1 has no place in hyperball\(\)"),
-        ([{"params": [start()], "weight_decay": 0.2}], {}, "weight_decay=0.2 has no place"),
+        ([start()], {"weight_decay": 0.1}, r"weight_decay=0.1 does not go with hyperball\(\)"),
+        ([{"params": [start()], "weight_decay": 0.2}], {}, "weight_decay=0.2 does not go"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(params, options, says):
@@ -151,7 +151,7 @@ def test_what_cannot_be_honoured_is_refused(params, options, says):
 
 
 def test_a_decay_by_position_is_seen():
-    with pytest.raises(ValueError, match=r"weight_decay=0\.3 has no place"):
+    with pytest.raises(ValueError, match=r"weight_decay=0\.3 does not go"):
         hyperball(torch.optim.AdamW)([start()], 0.1, (0.9, 0.99), 1e-8, 0.3)
 
 
