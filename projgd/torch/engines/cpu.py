@@ -183,13 +183,13 @@ class _Prepared:
             for rows, p, vectors in self.sources:
                 tables.bands[rows] = _numbers(job.band(p, vectors), vectors)
             self.constraint = job.constraint
-        numbers = _hyperparameters(job)
+        read = _hyperparameters(job)
         if job.inner is SGD:
-            *sgd, tables.rates[:, 0] = numbers
+            *sgd, tables.rates[:, 0] = read
             tables.rates[self.starting, 0] = 1
             self.starting = []
             return tables.run(grads, (*sgd, scale), None, None)
-        return tables.run(grads, None, (*numbers, scale), None if job.metric is None else float(job.group["eps"]))
+        return tables.run(grads, None, (*read, scale), None if job.metric is None else float(job.group["eps"]))
 
 
 def _hyperparameters(job: Job) -> tuple[float, ...]:
