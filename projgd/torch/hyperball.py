@@ -8,7 +8,8 @@ from typing import Any, cast
 from torch.optim import Optimizer
 
 from projgd.constraints import Sphere
-from projgd.torch.optimizers import Projected, as_list, projected
+from projgd.torch.inner import as_list
+from projgd.torch.optimizers import Projected, projected
 from projgd.updates import RelativeUpdate
 
 _made: dict[type[Optimizer], type[Projected]] = {}

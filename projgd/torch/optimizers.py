@@ -7,14 +7,9 @@ A step adopts changed settings (only if a group has changed), runs the inner opt
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import difflib
 import functools
 import inspect
-import io
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -25,19 +20,31 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from projgd.axes import Axis
 from projgd.constraints import Constraint
 from projgd.torch import metrics, routing, settings, shaping
-from projgd.torch.engines.base import PLAIN, Job
+from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
-from projgd.torch.radii import KEY, Radii
+from projgd.torch.inner import (
+    KEY,
+    MARK,
+    Local,
+    Radii,
+    all_params,
+    as_list,
+    can_be_pickled,
+    project_after,
+    refuse_misspelt,
+    refuse_other_tensors,
+    signature_of,
+    stepping,
+    suggest,
+    unwrap_step,
+    watch,
+)
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
 
 # This decorator sets the grad mode around the steps of torch.optim. It breaks a compiled graph on purpose, so
 # `_run_inner` calls the step without it there.
 _BREAKS_GRAPHS = _use_grad_for_differentiable(lambda self: None).__code__
-
-# Schedulers (torch 2.13) replace the `step` of an optimizer by a function that torch.compile cannot trace, but for a
-# `step` with this mark. It has to set `_opt_called`, as that function does.
-_MARK = "_wrapped_by_lr_sched"
 
 UNSET: Literal["unset"] = "unset"
 """The default of `c=`, for which None says that there is no bound. Tools that read signatures pass it as it stands."""
@@ -90,8 +97,8 @@ class Projected(Optimizer):
 
     inner: ClassVar[type[Optimizer]]
     __signature__: ClassVar[inspect.Signature]  # help() shows this one
-    _is_stepping = True  # as while the constructor runs; `_watch` then watches nothing
-    _moved_by: str | None = None  # the method that has moved the weights since the last projection, see `_watch`
+    _is_stepping = True  # as while the constructor runs; `watch` then watches nothing
+    _moved_by: str | None = None  # the method that has moved the weights since the last projection, see `watch`
     _seen: tuple[Snapshot, ...] = ()  # a group that still equals its snapshot needs no check
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -103,15 +110,15 @@ class Projected(Optimizer):
             name = f"{cls.inner.__module__}.{cls.inner.__qualname__}"
             cls.__doc__ = cls.__doc__ or f"Run `{name}`, then project the parameters; see `projgd.torch.Projected`."
             _made.setdefault(cls.inner, cls)
-        cls.__signature__ = _signature(cls)
-        step: Any = _unwrap_step(cls.step)
+        cls.__signature__ = signature_of(cls, Projected)
+        step: Any = unwrap_step(cls.step)
         if step is not Projected.step and not hasattr(step, "projects"):
-            cls.step = _project_after(step)  # type: ignore[method-assign]
+            cls.step = project_after(step)  # type: ignore[method-assign]
         for name in dir(cls.inner):
             method = inspect.getattr_static(cls, name)
             is_inner = inspect.isfunction(method) and method is inspect.getattr_static(cls.inner, name)
             if is_inner and not (name.startswith("_") or hasattr(Optimizer, name) or name in ("train", "eval")):
-                setattr(cls, name, _watch(method))
+                setattr(cls, name, watch(method))
 
     def __init__(
         self,
@@ -138,12 +145,12 @@ class Projected(Optimizer):
         self._engine = engine
         if engine is not None and engine not in routing.NAMES:
             raise ValueError(f"engine={engine!r} is not known: pass one of {', '.join(routing.NAMES)}, or None")
-        self._refuse_misspelt(kwargs)
+        refuse_misspelt(type(self).__name__, self.inner, kwargs, settings.KEYS)
         params = as_list(params)
         super().__init__(params, *args, **kwargs)  # calls `add_param_group`, which checks every group and fills `_seen`
         self.defaults = {**self.defaults, **own}
         settings.refuse_lone_axis(own, self.param_groups)
-        self._refuse_other_tensors(params)
+        refuse_other_tensors(self.inner, params, self.param_groups)
         self._is_stepping = False
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
 
@@ -167,7 +174,7 @@ class Projected(Optimizer):
         group = dict(param_group)
         group["params"] = as_list(group["params"])
         for key in group.keys() - {*settings.KEYS, *self.defaults}:  # loggers and optimizers keep others there
-            if near := _suggest(key, settings.KEYS, cutoff=0.75):
+            if near := suggest(key, settings.KEYS, cutoff=0.75):
                 raise ValueError(f"a param group has the unknown key {key!r}{near}")
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
@@ -202,7 +209,7 @@ class Projected(Optimizer):
         True
         """
         self._adopt_changes()
-        self._opt_called = True  # see `_MARK`
+        self._opt_called = True  # see `MARK`
         compiled = torch.compiler.is_compiling()
         may_step = not (args or kwargs or compiled) and routing.may_step(self.inner, self.param_groups)
         if not compiled:  # sparse gradients do not occur in a compiled graph
@@ -256,14 +263,14 @@ class Projected(Optimizer):
 
     def _run_inner(self, optimizer: Optimizer, closure: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
         """Run the inner class's step on `optimizer`: this one, or a view of it with fewer parameters."""
-        inner: Any = _unwrap_step(self.inner.step)
+        inner: Any = unwrap_step(self.inner.step)
         differentiable = bool(self.defaults.get("differentiable"))
         breaks_graphs = torch.compiler.is_compiling() and getattr(inner, "__code__", None) is _BREAKS_GRAPHS
 
         def call(closure: Callable[[], Any] | None) -> Any:
             given = (optimizer, closure, *args) if args or closure is not None else (optimizer,)
             if not breaks_graphs:
-                with _stepping(optimizer):
+                with stepping(optimizer):
                     return inner(*given, **kwargs)
             with torch.set_grad_enabled(differentiable):
                 return inner.__wrapped__(*given, **kwargs)
@@ -349,7 +356,7 @@ class Projected(Optimizer):
         self._seen = tuple(
             self._adopt_group(group, i, seen.get(id(group))) for i, group in enumerate(self.param_groups)
         )
-        self._radii.keep_only(set(map(id, _all_params(self.param_groups))))
+        self._radii.keep_only(set(map(id, all_params(self.param_groups))))
         self._copies.clear()
 
     def _adopt_group(self, group: dict[str, Any], index: int, seen: Snapshot | None) -> Snapshot:
@@ -396,28 +403,6 @@ class Projected(Optimizer):
         }
         return {name: p for name, p in named.items() if name not in exempt}
 
-    def _refuse_misspelt(self, kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError for an option that neither the optimizer nor projgd knows, if a known one is similar."""
-        takes = inspect.signature(self.inner).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
-            return
-        for k in kwargs:
-            if k not in takes and (near := _suggest(k, {*takes, *settings.KEYS})):
-                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}{near}")
-
-    def _refuse_other_tensors(self, params: Any) -> None:
-        """Raise TypeError if the optimizer steps tensors other than those that it was given.
-
-        Some optimizers step copies of the weights in another precision, or one tensor that holds all of them. The
-        weights of the model would not be projected then.
-        """
-        given = set(map(id, _tensors(params)))
-        if any(id(p) not in given for p in _all_params(self.param_groups)):
-            raise TypeError(
-                f"{self.inner.__name__} steps other tensors than those that it was given (copies, or all in one), so "
-                "the weights of the model would not be held: after its step, w.copy_(constraint.project(w)) yourself"
-            )
-
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state in plain types.
 
@@ -444,7 +429,7 @@ class Projected(Optimizer):
         groups, of_param = [settings.to_plain(g) for g in state["param_groups"]], state["state"]
         if any(KEY in s for s in of_param.values() if isinstance(s, dict)):
             # torch.distributed.checkpoint takes a state of all parameters or of none
-            of_param = {**{i: {} for i in _all_params(groups)}, **of_param}
+            of_param = {**{i: {} for i in all_params(groups)}, **of_param}
         return {**state, "state": of_param, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -469,7 +454,7 @@ class Projected(Optimizer):
             super().load_state_dict(state_dict)
             return
         self._adopt_changes()
-        waiting = {p: r for p in _all_params(self.param_groups) if (r := self._radii.get(p)) is not None}
+        waiting = {p: r for p in all_params(self.param_groups) if (r := self._radii.get(p)) is not None}
         saved: list[dict[str, Any]] = []
         initial: dict[int, Tensor] = {}
 
@@ -489,7 +474,7 @@ class Projected(Optimizer):
         def finish(_: Optimizer) -> None:
             self._radii.replace(waiting)
             self._router.clear()
-            for index, p in zip(_all_params(saved), _all_params(self.param_groups), strict=True):
+            for index, p in zip(all_params(saved), all_params(self.param_groups), strict=True):
                 if index in initial:
                     self.state[p][KEY] = initial[index].to(p.device, copy=True)
             self._seen = tuple(Snapshot.of(g, s) for g, s in zip(self.param_groups, saved, strict=True))
@@ -525,7 +510,7 @@ class Projected(Optimizer):
         """
         self._adopt_changes()
         self._radii.store()
-        made_with = {k: v if _can_be_pickled(v) else _Local(v) for k in self._made_with for v in [vars(self)[k]]}
+        made_with = {k: v if can_be_pickled(v) else Local(v) for k in self._made_with for v in [vars(self)[k]]}
         return {**super().__getstate__(), **made_with, "_made_with": self._made_with}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -534,7 +519,7 @@ class Projected(Optimizer):
         return _make_blank, (self.inner,), self.__getstate__()
 
 
-setattr(Projected.step, _MARK, True)
+setattr(Projected.step, MARK, True)
 
 
 def projected(cls: type[Optimizer]) -> type[Projected]:
@@ -586,153 +571,3 @@ def _make_blank(cls: type[Optimizer]) -> Projected:
     """Return an empty projected optimizer, for unpickling."""
     made = projected(cls)
     return made.__new__(made)
-
-
-class _Local:
-    """Hold a value that cannot be pickled, such as a lambda: a deep copy has the value, and a pickle has None."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self.value, memo)
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-class _Probe(pickle.Pickler):
-    """Pickle without the tensors and the optimizer that a value holds."""
-
-    def persistent_id(self, x: Any) -> Any:
-        return "" if isinstance(x, (Tensor, Optimizer)) else None
-
-
-def _can_be_pickled(value: Any) -> bool:
-    try:
-        _Probe(io.BytesIO()).dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return False
-    return True
-
-
-def _all_params(groups: Iterable[dict[str, Any]]) -> list[Any]:
-    """Return the parameters of all groups in one list."""
-    return [p for group in groups for p in group["params"]]
-
-
-def as_list(params: Any) -> Any:
-    """Return `params` with its iterators as lists, so that it can be read more than once."""
-    if isinstance(params, Mapping):
-        own = params.get("params")
-        return params if own is None or isinstance(own, set) else {**params, "params": as_list(own)}
-    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
-        return params  # torch raises a clear error for these
-    return [as_list(p) if isinstance(p, Mapping) else p for p in params]
-
-
-def _tensors(params: Any) -> list[Any]:
-    """Return all tensors in `params`, in whatever form an optimizer takes them."""
-    if isinstance(params, Mapping):
-        return _tensors(params["params"])
-    if isinstance(params, tuple):
-        return [params[1]]
-    return [t for p in params for t in _tensors(p)] if isinstance(params, list) else [params]
-
-
-def _suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a question that names the known word nearest to `word`; an empty string if none is near."""
-    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=cutoff)
-    return f": did you mean {near[0]!r}?" if near and abs(len(word) - len(near[0])) < 5 else ""
-
-
-def _signature(cls: type[Projected]) -> inspect.Signature:
-    """Return the constructor's signature, for `help()`.
-
-    A class without a constructor of its own takes what the inner class takes, and the settings.
-    """
-    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    if cls.__init__ is Projected.__init__:
-        settings_only = [p for p in own if p.kind is p.KEYWORD_ONLY]
-        own = sorted([*inspect.signature(cls.inner).parameters.values(), *settings_only], key=lambda p: p.kind)
-    return inspect.Signature(own)
-
-
-def _unwrap_step(step: Any) -> Any:
-    """Return a `step` without the wrapper that torch puts around it."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
-
-
-def _project_after(step: Any) -> Any:
-    """Return a subclass's step with a projection after it, unless it calls `Projected.step` itself."""
-
-    @functools.wraps(step)
-    def stepped(self: Projected, *args: Any, **kwargs: Any) -> Any:
-        self._adopt_changes()
-        self._opt_called = True
-        groups = [g for g in self.param_groups if shaping.is_shaped(g) or g["metric"] != "euclidean"]
-        versions = [p._version for p in _all_params(groups)]
-        self._has_projected = None
-        with _stepping(self):
-            loss = step(self, *args, **kwargs)
-        if not self._has_projected:
-            if [p._version for p in _all_params(groups)] != versions:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step did not call super().step(), so update=, gradient= and metric= had no "
-                    "update to work on: call it, or put the step into a plain Optimizer class and use projected(…)"
-                )
-            self._project({})
-        return loss
-
-    stepped.projects = True  # type: ignore[attr-defined]
-    setattr(stepped, _MARK, True)
-    return stepped
-
-
-@contextlib.contextmanager
-def _stepping(optimizer: Any) -> Iterator[None]:
-    """Let the methods that a step calls move the weights."""
-    was, optimizer._is_stepping = optimizer._is_stepping, True
-    try:
-        yield
-    finally:
-        optimizer._is_stepping = was
-
-
-def _watch(method: Any) -> Any:
-    """Return a method of the inner class that raises an error if the weights are moved by methods instead of steps.
-
-    One move without a projection may be a perturbation, or an average for evaluation. The second, such as that of
-    `second_step` of SAM, shows that no step follows.
-    """
-
-    @functools.wraps(method)
-    def watched(self: Projected, *args: Any, **kwargs: Any) -> Any:
-        if self._is_stepping:
-            return method(self, *args, **kwargs)
-        held = [g for g in self.param_groups if g.get("c") is not None or g.get("constraint") is not None]
-        was, before = (self._has_projected, self._moved_by), [_place(p) for p in _all_params(held)]
-        self._has_projected = None
-        try:
-            result = method(self, *args, **kwargs)
-        finally:
-            has_projected = self._has_projected
-            self._has_projected = has_projected or was[0]
-        if has_projected or [_place(p) for p in _all_params(held)] == before:
-            return result
-        if was[1] is not None:
-            inner, call = self.inner.__name__, f"{was[1]}() and {method.__name__}()"
-            raise RuntimeError(
-                f"{call} of {inner} have moved the weights, and no step() has projected them: call step(closure) "
-                f"instead, or make {inner} itself and project after the optimizer inside it, as in "
-                "project_after_step(optimizer.base_optimizer, MaxNorm(4.0))"
-            )
-        self._moved_by = method.__name__
-        return result
-
-    return watched
-
-
-def _place(p: Tensor) -> tuple[int, int]:
-    """Return what changes if a parameter is written or gets other memory."""
-    return p._version, p.data_ptr() if type(p) in PLAIN else 0
