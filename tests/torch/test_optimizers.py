@@ -245,13 +245,13 @@ def test_groups_of_a_projected_optimizer_are_taken_over(keys):
 def test_parameters_that_cannot_be_measured_are_refused(param, message):
     for options in ({"c": 1.0}, {"constraint": MinMaxNorm(0.5, 1.0), "fused": param.is_floating_point()}):
         with pytest.raises((ValueError, TypeError), match=message):
-            ProjectedSGD([param], **options)
+            ProjectedSGD([param], **options, without_grad=True)
     with pytest.raises((ValueError, TypeError), match=message):
-        project_after_step(torch.optim.SGD([param]), MaxNorm(1.0))
+        project_after_step(torch.optim.SGD([param]), MaxNorm(1.0), without_grad=True)
 
 
 def test_an_error_names_the_parameter_even_if_two_have_the_name():
-    bad, good = torch.zeros(2, 3, dtype=torch.complex64), weight(2, 3)
+    bad, good = torch.zeros(2, 3, dtype=torch.complex64, requires_grad=True), weight(2, 3)
     for twice in ([("w", bad), ("w", good)], [("w", good), ("w", bad)]):
         with pytest.raises(TypeError, match=r"w.* has dtype complex64"):
             ProjectedSGD(twice, c=1.0)
