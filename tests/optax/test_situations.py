@@ -217,7 +217,7 @@ def test_a_tree_of_constraints_that_is_callable():
         q, _ = step(tx, p)
         assert (jnp.linalg.norm(q.weight, axis=1) <= 1).all()
     check_last(projection(sets), p, sets)
-    with pytest.raises(TypeError, match="is no constraint"):
+    with pytest.raises(TypeError, match="is not a constraint"):
         projection(Layer("MaxNorm", MaxNorm(1.0)))
 
 
