@@ -676,6 +676,7 @@ class Box(Constraint):
         axis: always `"entries"`: each entry is bounded on its own.
 
     Raises:
+        TypeError: a bound that is not one number.
         ValueError: bounds that are not finite, or a `low` that is not below `high`.
 
     >>> import numpy as np
@@ -690,10 +691,14 @@ class Box(Constraint):
     high: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "low", float(self.low))
-        object.__setattr__(self, "high", float(self.high))
+        for name, value in (("low", self.low), ("high", self.high)):
+            if not (isinstance(value, (int, float)) or getattr(value, "shape", None) == ()):
+                raise TypeError(f"{name}={value!r} is not a number: pass one for all entries, such as Box(-0.5, 0.5)")
+            object.__setattr__(self, name, float(value))
         if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"low={self.low} and high={self.high} must be finite, and low the smaller")
+            one_sided = "; for a lower bound of 0 alone pass NonNegative()" if math.inf in (self.low, self.high) else ""
+            said = f"low={self.low} and high={self.high}"
+            raise ValueError(f"{said} must be finite, and low below high, as in Box(-0.5, 0.5){one_sided}")
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         return projections.project_box(x, self.low, self.high, xp)

@@ -300,7 +300,12 @@ def test_entries_that_are_nan_stay_and_show(library):
 
 def test_a_box_refuses_nonsense():
     for low, high in [(1, 0), (1, 1), (0, math.inf), (math.nan, 1)]:
-        with pytest.raises(ValueError, match="must be finite, and low the smaller"):
+        with pytest.raises(ValueError, match=r"must be finite, and low below high, as in Box\(-0.5, 0.5\)"):
+            Box(low, high)
+    with pytest.raises(ValueError, match=r"for a lower bound of 0 alone pass NonNegative\(\)"):
+        Box(0, math.inf)
+    for low, high, name in [([0.0, -1.0], 1.0, "low"), (0, None, "high"), ("a", 1, "low"), (np.ones(3), 2, "low")]:
+        with pytest.raises(TypeError, match=rf"{name}=.* is not a number: pass one for all entries, such as Box"):
             Box(low, high)
 
 
