@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from projgd import MaxNorm
-from projgd.torch import ProjectedAdam, ProjectedAdamW, project_after_step
+from projgd.torch import ProjectedAdam, ProjectedAdamW, constrain, project_after_step
 from tests.torch.common import batch, equal, longest_of, loss_of, network, outside
 
 C = 0.5
 
 
-@pytest.mark.parametrize("way", ["class", "hook"])
+@pytest.mark.parametrize("way", ["class", "hook", "declared"])
 def test_lightning(way, tmp_path):
     import lightning
 
@@ -20,11 +20,16 @@ def test_lightning(way, tmp_path):
         def __init__(self):
             super().__init__()
             self.net = network()
+            if way == "declared":
+                for layer in (part for part in self.net if isinstance(part, torch.nn.Linear)):
+                    constrain(layer, MaxNorm(C))
 
         def training_step(self, data, _):
             return torch.nn.functional.cross_entropy(self.net(data[0]), data[1])
 
         def configure_optimizers(self):
+            if way == "declared":
+                return ProjectedAdam(self, lr=0.1)
             if way == "class":
                 return ProjectedAdam(self.net.parameters(), lr=0.1, c=C)
             optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)

@@ -31,7 +31,16 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from projgd import MaxNorm, MinMaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
 from projgd.constraints import Constraint
-from projgd.torch import ProjectedAdam, ProjectedSGD, hyperball, param_groups, project_after_step, projected
+from projgd.torch import (
+    ProjectedAdam,
+    ProjectedSGD,
+    constrain,
+    declared,
+    hyperball,
+    param_groups,
+    project_after_step,
+    projected,
+)
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.ranks import Ranks
 from projgd.torch.routing import WITHIN
@@ -120,6 +129,16 @@ def check_fully_shard_across_the_rows(**_):
     counts = compare(by_columns)
     assert list(counts.values()) == [1], counts  # one all-reduce for all parameters
     assert "allreduce" in next(iter(counts)).replace("_", ""), counts
+
+
+def check_what_is_declared_stays_on_a_sharded_model(**_):
+    net = constrain(constrain(Net(), MaxNorm(0.2), "head.weight"), MaxNorm(C), "up.weight")
+    known = declared(net)
+    by_layer(net)
+    assert declared(net) == known == {"up.weight": MaxNorm(C), "head.weight": MaxNorm(0.2)}
+    train(net, ProjectedAdam(net, lr=0.5))
+    assert 0.2 * (1 - 1e-5) <= longest(net.head) <= 0.2
+    assert C * (1 - 1e-5) <= longest(net.up) <= C < longest(net.down)
 
 
 def check_adaptive_metric(ranks, **_):
