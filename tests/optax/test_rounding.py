@@ -62,12 +62,12 @@ def judge(name, p, q, dtype):
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**31))
 def test_a_chain_ends_in_the_set(dtype, seed):
     """From the set, with updates of all sizes that press against both of its sides."""
     with jax.enable_x64(dtype == "float64"):
-        for jit in (True, False) if seed % 4 == 0 else (True,):
+        for jit in (True, False) if dtype == "bfloat16" and seed % 4 == 0 else (True,):
             p, u, q = starts(dtype, seed, jit, 1)
             for name in SETS:
                 judge(name, p[name], q[name], dtype)
