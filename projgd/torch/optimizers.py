@@ -23,8 +23,8 @@ from projgd.rules import Rules
 from projgd.torch import layers, methods, metrics, routing, settings, shaping
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
-from projgd.torch.radii import KEY, Radii, check_saved
 from projgd.torch.settings import Snapshot
+from projgd.torch.shaping import KEY, Radii, check_saved
 from projgd.updates import Update
 
 # This decorator sets the grad mode around the steps of torch.optim. It breaks a compiled graph on purpose, so

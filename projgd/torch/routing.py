@@ -34,9 +34,8 @@ from projgd.torch.engines.graph import Graph
 from projgd.torch.engines.ranks import Ranks, is_dtensor
 from projgd.torch.engines.rows import Rows
 from projgd.torch.engines.triton import Triton
-from projgd.torch.radii import KEY
 from projgd.torch.settings import constraint_of, named_params
-from projgd.torch.shaping import take_initial
+from projgd.torch.shaping import KEY, take_initial
 
 WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
 """The engines that take any tensor: a parameter, some of its rows, or the part that one rank holds."""
