@@ -7,7 +7,6 @@ A step adopts changed settings (only if a group has changed), runs the inner opt
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +19,11 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.axes import Axis
 from projgd.constraints import Constraint
-from projgd.rules import Rules
+from projgd.rules import Rules, suggest
 from projgd.torch import layers, metrics, routing, settings, shaping
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
+from projgd.torch.joint import JointSets
 from projgd.torch.radii import KEY, Radii
 from projgd.torch.settings import Snapshot
 from projgd.updates import Update
@@ -40,7 +40,7 @@ _NOT_GIVEN: Any = ...  # None is a value of several settings
 _made: dict[type[Optimizer], type[Projected]] = {}
 
 
-class Projected(Optimizer):
+class Projected(JointSets, Optimizer):
     """Run an optimizer of torch.optim, then project the parameters: w ← Π(w + shape(inner update)).
 
     This is the base class of all projected optimizers. `projgd.torch.projected(cls)` puts it in front of an optimizer
@@ -64,6 +64,8 @@ class Projected(Optimizer):
             diagonal D that the optimizer divides its step by.
         without_grad: whether parameters without a gradient are projected, too; default False.
         engine: the name of the engine to use, see `routes`; default None, the best one. This is not a group's setting.
+        joint: sets over several tensors, such as `[ProductMaxNorm(1.5).over(A, B)]`, with names or tensors; they are
+            applied after the others. Default none. This is not a group's setting.
 
     Raises:
         TypeError: a constraint or an update that is not one, or a parameter that cannot be projected.
@@ -106,6 +108,7 @@ class Projected(Optimizer):
         metric: Literal["euclidean", "adaptive"] = _NOT_GIVEN,
         without_grad: bool = _NOT_GIVEN,
         engine: str | None = None,
+        joint: Iterable[Any] = (),
         **kwargs: Any,
     ) -> None:
         given = (c, axis, constraint, update, gradient, metric, without_grad)
@@ -124,7 +127,8 @@ class Projected(Optimizer):
         settings.refuse_lone_axis(own, self.param_groups)
         self._refuse_other_tensors(params)
         said = [k for group in params if isinstance(group, Mapping) for k in group] if isinstance(params, list) else []
-        settings.warn_if_idle([*own, *said], self.param_groups)
+        self.joint = joint
+        settings.warn_if_idle([*own, *said, *["c" for _ in self._joint]], self.param_groups)
         if not is_module and "constraint" not in said:
             layers.warn_of_declared(_all_params(self.param_groups))
         self._made_with = [k for k in vars(self) if not k.endswith("_hooks")]
@@ -151,7 +155,7 @@ class Projected(Optimizer):
         known = {*settings.KEYS, *self.defaults, *_FOREIGN_KEYS}
         # An optimizer without defaults keeps all its options in its groups, so no key can be called unknown.
         if self.defaults.keys() - settings.KEYS and (unknown := sorted(set(group) - known)):
-            near = _suggest(unknown[0], known)
+            near = suggest(unknown[0], known)
             raise ValueError(
                 f"a param group has the unknown key {unknown[0]!r}{near}; known are {', '.join(sorted(known))}"
             )
@@ -293,6 +297,7 @@ class Projected(Optimizer):
         """Run the engines that only project."""
         self._radii.note_step()
         routing.run_projecting(work)
+        self._project_jointly()
         self._has_projected = True
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
@@ -341,6 +346,7 @@ class Projected(Optimizer):
         ):
             self._adopt_changed_settings()
         if self._has_projected is False and not torch.compiler.is_compiling():
+            self._check_joint(self._joint)
             for i, group in enumerate(self.param_groups):  # a wrapper may have replaced the parameters since
                 settings.check(settings.constraint_of(group), settings.named_params(group, i), group["metric"])
 
@@ -392,7 +398,7 @@ class Projected(Optimizer):
         for k in kwargs:
             if k in ("max_norm", "maxnorm", "max_value") and k not in takes:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}: pass c={kwargs[k]}")
-            if k not in takes and (near := _suggest(k, {*takes, *settings.KEYS})):
+            if k not in takes and (near := suggest(k, {*takes, *settings.KEYS})):
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {k!r}{near}")
 
     def _refuse_other_tensors(self, params: Any) -> None:
@@ -566,12 +572,6 @@ def _tensors(params: Any) -> list[Any]:
     if isinstance(params, tuple):
         return [params[1]]
     return [t for p in params for t in _tensors(p)] if isinstance(params, list) else [params]
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    """Return a question that names the known word nearest to `word`; an empty string if none is near."""
-    near = difflib.get_close_matches(word.lower(), sorted(known), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _signature(cls: type[Projected]) -> inspect.Signature:

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from projgd.torch import metrics
-from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, form_of_gradients, is_alike
+from projgd.torch.engines.base import PLAIN, STEPPED, Engine, Job, Reference, form_of_gradients, is_alike
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
 from projgd.torch.engines.graph import Graph
 from projgd.torch.engines.ranks import Ranks
-from projgd.torch.engines.reference import Reference
 from projgd.torch.engines.rows import Rows
 from projgd.torch.engines.triton import Triton
 from projgd.torch.settings import constraint_of

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from projgd.bands import Band
 from projgd.sums import FLOATS
-from projgd.torch.engines import reference
-from projgd.torch.engines.base import PLAIN, Engine, Job, rows_in_memory, rows_of
+from projgd.torch.engines.base import PLAIN, Engine, Job, project_, rows_in_memory, rows_of
 
 BLOCK = 64  # this many squares may be added in any order
 PIECE = 2**22  # this many entries stay in a cache between their norm and their product
@@ -152,7 +151,7 @@ class _Batch:
                 torch._foreach_copy_(a.sources, a.parts)
         if not is_usual:  # the factors above are 1 where squares over- or underflowed
             for p in {id(p): p for a in self.arrays for p in a.params}.values():
-                reference.project_(p, job)
+                project_(p, job)
 
     def _measure(self) -> tuple[float, float]:
         """Fill `found`, and return the smallest and the largest norm; NaN if there is one."""

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from projgd import Box, MaxNorm, MinMaxNorm, NonNegative, UnitNorm, projections, sums
-from projgd.torch.engines.base import Job
-from projgd.torch.engines.reference import Reference
+from projgd.torch.engines.base import Job, Reference
 from tests.torch.common import random
 
 SETS = [MaxNorm(1.0), MaxNorm(1.0, 0), UnitNorm(), MinMaxNorm(3.0, 4.0), NonNegative(), Box(-0.1, 0.1)]
