@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from projgd.axes import Split, Stacked
 from projgd.config import from_config
 from projgd.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNegative, Sphere, UnitNorm
+from projgd.joint import ProductMaxNorm, QKClip, TreeBall
 from projgd.report import report
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
@@ -34,15 +35,18 @@ __all__ = [
     "MaxUpdate",
     "MinMaxNorm",
     "NonNegative",
+    "ProductMaxNorm",
     "ProjectedAdam",
     "ProjectedAdamW",
     "ProjectedSGD",
+    "QKClip",
     "RadialBrake",
     "RelativeUpdate",
     "Sphere",
     "Split",
     "Stacked",
     "TangentUpdate",
+    "TreeBall",
     "UnitNorm",
     "Update",
     "from_config",

@@ -104,6 +104,12 @@ def own_names(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, list[st
     return {pattern: [name for name, found in first.items() if found == pattern] for pattern in rules}
 
 
+def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a question that names the known word nearest to `word`; an empty string if none is near."""
+    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near and abs(len(word) - len(near[0])) < 5 else ""
+
+
 def matches(pattern: str, name: str) -> bool:
     """Return whether a rule's pattern matches a full name."""
     return fnmatchcase(name, pattern)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,9 @@ import optax
 
 from projgd.axes import Axis, Split, Stacked
 from projgd.constraints import Constraint, MaxNorm, positive
+from projgd.joint import Joint, JointSet
 from projgd.optax import tree
+from projgd.optax.joint import project_jointly
 from projgd.optax.tree import Constraints, LeafConstraint, Schedule, SplitOver, Transformation, is_absent
 from projgd.optax.xla import Turns, add_update, project_leaf, reach, round_to_dtype, store_update
 
@@ -210,7 +212,14 @@ def project_update(
     return reach(q, p, leaf, jnp.promote_types(u.dtype, p.dtype))
 
 
-def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over: SplitOver | None = None) -> Any:
+def apply_updates(
+    params: Any,
+    updates: Any,
+    constraint: Constraints | None = None,
+    split_over: SplitOver | None = None,
+    joint: Sequence[Joint | JointSet] = (),
+    max_logits: Any = None,
+) -> Any:
     """Add the updates as `optax.apply_updates` does, then project; in place if a jitted step donates the parameters.
 
     Use it instead of a projection in the chain where speed or memory matter: the chain has to take a difference that
@@ -219,8 +228,11 @@ def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over
     Args:
         params: a tree of parameters.
         updates: a tree of the same structure, as an optax optimizer returns it.
-        constraint: what `projection` takes, but a function of the step: call that yourself.
+        constraint: what `projection` takes, but a function of the step: call that yourself. None, beside `joint`,
+            leaves the single parameters free.
         split_over: as in `projection`.
+        joint: sets over several arrays, applied after the others, as in `joint_projection`.
+        max_logits: the largest logits for `QKClip`, as in `joint_projection`.
 
     Returns:
         A tree like `params`.
@@ -244,8 +256,10 @@ def apply_updates(params: Any, updates: Any, constraint: Constraints, split_over
             return p
         return project_leaf(add_update(p, u), leaf)[0] if leaf else add_update(p, u)
 
-    leaves = tree.find_structure(params).unflatten(tree.resolve(constraint, params, split_over))
-    return jax.tree.map(one, params, updates, leaves, is_leaf=is_absent)
+    rules = {"*": None} if constraint is None and joint else constraint
+    leaves = tree.find_structure(params).unflatten(tree.resolve(rules, params, split_over))
+    moved = jax.tree.map(one, params, updates, leaves, is_leaf=is_absent)
+    return project_jointly(moved, joint, max_logits) if joint else moved
 
 
 def project(params: Any, constraint: Constraints) -> Any:

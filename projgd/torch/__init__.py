@@ -19,6 +19,7 @@ from projgd.torch.classes import (
     hyperball,
 )
 from projgd.torch.hooks import project_after_step
+from projgd.torch.joint import lora_pairs
 from projgd.torch.layers import constrain, declared, param_groups, unconstrain
 from projgd.torch.metrics import register_metric
 from projgd.torch.optimizers import Projected, projected
@@ -46,6 +47,7 @@ __all__ = [
     "constrain",
     "declared",
     "hyperball",
+    "lora_pairs",
     "param_groups",
     "project_after_step",
     "projected",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import inspect
 import io
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from projgd.rules import suggest
 from projgd.torch import settings, shaping
 from projgd.torch.engines.base import PLAIN
 
@@ -103,12 +103,6 @@ def tensors_of(params: Any) -> list[Any]:
     if isinstance(params, tuple):
         return [params[1]]
     return [t for p in params for t in tensors_of(p)] if isinstance(params, list) else [params]
-
-
-def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a question that names the known word nearest to `word`; an empty string if none is near."""
-    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=cutoff)
-    return f": did you mean {near[0]!r}?" if near and abs(len(word) - len(near[0])) < 5 else ""
 
 
 def signature_of(cls: Any, init: Any) -> inspect.Signature:

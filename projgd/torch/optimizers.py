@@ -19,10 +19,11 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.axes import Axis
 from projgd.constraints import Constraint
-from projgd.rules import Rules
+from projgd.rules import Rules, suggest
 from projgd.torch import layers, methods, metrics, routing, settings, shaping
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
+from projgd.torch.joint import JointSets
 from projgd.torch.settings import Snapshot
 from projgd.torch.shaping import KEY, Radii, check_saved
 from projgd.updates import Update
@@ -40,7 +41,7 @@ _DEFAULTS |= {"axis": "fan_in", "metric": "euclidean", "without_grad": False}
 _made: dict[type[Optimizer], type[Projected]] = {}
 
 
-class Projected(Optimizer):
+class Projected(JointSets, Optimizer):
     """Run an optimizer of torch.optim, then project the parameters: w ← Π(w + shape(inner update)).
 
     This is the base class of all projected optimizers. `projgd.torch.projected(cls)` puts it in front of an optimizer
@@ -64,6 +65,8 @@ class Projected(Optimizer):
             diagonal D that the optimizer divides its step by.
         without_grad: whether parameters without a gradient are projected, too; default False.
         engine: the name of the engine to use, see `routes`; default None, the best one. This is not a group's setting.
+        joint: sets over several tensors, such as `[ProductMaxNorm(1.5).over(A, B)]`, with names or tensors; they are
+            applied after the others. Default none. This is not a group's setting.
 
     Raises:
         TypeError: a constraint or an update that is not one, or a parameter that cannot be projected.
@@ -113,6 +116,7 @@ class Projected(Optimizer):
         metric: Literal["euclidean", "adaptive"] = "euclidean",
         without_grad: bool = False,
         engine: str | None = None,
+        joint: Iterable[Any] = (),
         **kwargs: Any,
     ) -> None:
         given = zip(_DEFAULTS, (axis, constraint, update, gradient, metric, without_grad), strict=True)
@@ -134,7 +138,8 @@ class Projected(Optimizer):
         settings.refuse_lone_axis(own, self.param_groups)
         methods.refuse_other_tensors(self, params)
         said = [k for group in params if isinstance(group, Mapping) for k in group] if isinstance(params, list) else []
-        settings.warn_if_idle([*own, *said], self.param_groups)
+        self.joint = joint
+        settings.warn_if_idle([*own, *said, *["c" for _ in self._joint]], self.param_groups)
         if not is_module and "constraint" not in said:
             layers.warn_of_declared(_all_params(self.param_groups))
         self._is_stepping = False
@@ -160,7 +165,7 @@ class Projected(Optimizer):
         group = dict(param_group)
         group["params"] = methods.as_list(group["params"])
         for key in group.keys() - {*settings.KEYS, *self.defaults}:  # loggers and optimizers keep others there
-            if near := methods.suggest(key, settings.KEYS, cutoff=0.75):
+            if near := suggest(key, settings.KEYS, cutoff=0.75):
                 raise ValueError(f"a param group has the unknown key {key!r}{near}")
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
@@ -310,6 +315,7 @@ class Projected(Optimizer):
         """Run the engines."""
         self._radii.note_step()
         routing.run(work)
+        self._project_jointly()
         self._has_projected, self._moved_by = True, None
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
@@ -319,22 +325,12 @@ class Projected(Optimizer):
         return self._router.routes(jobs, may_step)
 
     def _jobs(self, kept: Mapping[Tensor, dict[str, Any]], compiled: bool) -> list[Job]:
-        radii, skip = self._all_radii(), getattr(self, "found_inf", None)
-        return [
-            Job(
-                self,
-                self.inner,
-                group,
-                seen.constraint if not compiled else settings.constraint_of(group),
-                metrics.after_step(self, self.inner, group, kept),
-                radii,
-                skip,
-                self._engine,
-                compiled,
-                group["params"],
-            )
-            for group, seen in zip(self.param_groups, self._seen, strict=True)
-        ]
+        radii, skip, jobs = self._all_radii(), getattr(self, "found_inf", None), []
+        for group, seen in zip(self.param_groups, self._seen, strict=True):
+            own = settings.constraint_of(group) if compiled else seen.constraint
+            metric, params = metrics.after_step(self, self.inner, group, kept), group["params"]
+            jobs.append(Job(self, self.inner, group, own, metric, radii, skip, self._engine, compiled, params))
+        return jobs
 
     def _all_radii(self) -> dict[Tensor, Tensor]:
         return self._radii.all_of(
@@ -363,6 +359,7 @@ class Projected(Optimizer):
         ):
             self._adopt_changed_settings()
         if self._has_projected is False and not torch.compiler.is_compiling():
+            self._check_joint(self._joint)
             for i, group in enumerate(self.param_groups):  # a wrapper may have replaced the parameters since
                 settings.check(settings.constraint_of(group), self._without_exempt(group, i), group["metric"])
         if self._exempt and not torch.compiler.is_compiling():

@@ -13,11 +13,14 @@ from projgd import (
     MaxUpdate,
     MinMaxNorm,
     NonNegative,
+    ProductMaxNorm,
+    QKClip,
     RadialBrake,
     RelativeUpdate,
     Sphere,
     Split,
     TangentUpdate,
+    TreeBall,
     UnitNorm,
     from_config,
 )
@@ -25,6 +28,7 @@ from projgd.config import Configured
 
 SETS = [MaxNorm(3.0, (0, 1)), MinMaxNorm(1, 2, 0.5, 0), Sphere("initial", None), Sphere(2.0, "matrix"), UnitNorm(0)]
 SETS += [NonNegative(), Box(-1, 2)]
+JOINT = [ProductMaxNorm(1.5, 2.0), QKClip(100, 0.3, heads=8, k_heads=2), TreeBall(4)]
 SHAPINGS = [
     RelativeUpdate(),
     TangentUpdate("fan_in"),
@@ -34,7 +38,7 @@ SHAPINGS = [
 
 
 def test_every_kind_is_here():
-    made = {type(thing).__name__ for thing in SETS + SHAPINGS}
+    made = {type(thing).__name__ for thing in SETS + SHAPINGS + JOINT}
     assert made == {
         name
         for name, cls in Configured.kinds.items()
@@ -42,7 +46,7 @@ def test_every_kind_is_here():
     }
 
 
-@pytest.mark.parametrize("thing", SETS + SHAPINGS, ids=str)
+@pytest.mark.parametrize("thing", SETS + SHAPINGS + JOINT, ids=str)
 def test_a_config_survives_json(thing):
     config = json.loads(json.dumps(thing.config()))
     again = from_config(config)
