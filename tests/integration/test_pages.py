@@ -61,6 +61,18 @@ def test_the_code_of_the_page_about_pytorch_runs():
         assert bool(((c * (1 - 1e-5) <= norms) & (norms <= c)).all())
 
 
+# ------------------------------------------------------------------------------------------------------------------ JAX
+
+
+def test_the_code_of_the_page_about_jax_runs():
+    found = blocks_of("docs/jax.md")
+    assert len(found) == 3
+    names = {}
+    for block in found:
+        exec(block, names)
+    assert names["declared"](names["model"]).keys() == {"hidden/kernel", "head/kernel"}
+
+
 # ------------------------------------------------------------------------------------------------------- update shaping
 
 
