@@ -54,6 +54,8 @@ FORMS = ["projected", "fused", "fused, no numba", "hook"]
 def cases(form):
     """Every set, shaping and metric that go together, on a usual weight."""
     for constraint, shaping, metric in itertools.product(SETS, SHAPINGS, METRICS):
+        if form == "fused, no numba" and (shaping not in SHAPINGS[:2] or metric != "euclidean"):
+            continue  # as "projected" from there on
         if form == "hook" and (shaping or metric != "euclidean" or constraint is None or constraint.takes_initial):
             continue
         try:
@@ -237,10 +239,9 @@ def test_a_step_of_tensors_without_memory(form, mode):
                 return  # torch refuses it
             params = [torch.nn.Parameter(torch.ones(s)) for s in [(4, 3), (2, 3, 2), (3,)]]
             optimizer = make(form, params, constraint, shaping, metric)
-            for _ in range(2):
-                for p in params:
-                    p.grad = torch.ones_like(p)
-                optimizer.step()
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
             if form != "hook":
                 assert {choice.engine for choice in optimizer.routes().values()} == {"free"}
                 optimizer.state_dict()
