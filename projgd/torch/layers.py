@@ -330,6 +330,8 @@ def read_params(params: Any, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return params, own
     if constraint is not None and c is not None:
         raise ValueError(f"pass c={c} or constraint={constraint}, not both")
+    if has_rules and "axis" in own:
+        raise ValueError(f"axis={own['axis']!r} goes with c=, not with rules: give each constraint its axis")
     rest = {k: v for k, v in own.items() if k not in ("c", "axis", "constraint")} if has_rules else own
     if not isinstance(params, nn.Module):
         return _groups_by_rules(list(params), cast("Rules", constraint)), rest
@@ -520,7 +522,7 @@ def _warn(
         )
     if idle := [name for name, p in held if _is_no_stack(chosen[name], p)]:
         settings.warn(
-            f"{_list(idle)}: {chosen[idle[0]]} leaves them free, because it takes the first axis for a stack of layers; "
+            f"{_list(idle)}: {chosen[idle[0]]} leaves them free, because it takes the first axis for a stack; "
             "give the stacks a rule of their own"
         )
 

@@ -1,4 +1,4 @@
-"""Models of other libraries, trained with the lines of docs/models.md; the bound of every neuron is checked in float64."""
+"""Models of other libraries, trained with the lines of docs/models.md: every neuron's bound is checked in float64."""
 
 import contextlib
 import copy
@@ -6,6 +6,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import operator
 import re
 import sys
 import types
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from projgd import MaxNorm, Sphere, Stacked
+from projgd import MaxNorm, Stacked
 from projgd.torch import ProjectedAdamW, ProjectedSGD, constrain, declared, hyperball, lora_pairs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
@@ -43,7 +44,7 @@ def stored(p):
 
 
 def assert_held(weights, c, axes, steps=1):
-    """Assert that no vector is outside, and that one step has left the vectors that started far outside on the bound."""
+    """Assert that no vector is outside, and that one step leaves vectors that start far outside on the bound."""
     norms = norms_of(weights, axes)
     assert norms.max() <= c
     assert (np.median(norms) if steps == 1 else norms.max()) >= c * (1 - CLOSE)
@@ -378,7 +379,7 @@ def test_resnet_of_timm():
     assert any("bn" in name for name in free)
     assert_free_as_under(torch.optim.SGD, model, optimizer, image_loss, free)
     filters = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(filters) == 12
+    assert len(filters) == 13
     for layer in filters:
         assert_held(stored(layer.weight), 2.0, (1, 2, 3))
     assert_held(stored(model.fc.weight), 2.0, 1)
@@ -462,7 +463,6 @@ def compile_quickly():
 @pytest.mark.usefixtures("compile_quickly")
 def test_transformer_block_of_flax_nnx():
     import jax
-    import jax.numpy as jnp
     import optax
     from flax import nnx
 
@@ -486,18 +486,12 @@ def test_transformer_block_of_flax_nnx():
         optimizer.update(model, nnx.grad(loss)(model))
 
     model = Block(nnx.Rngs(0))
-    plain = nnx.clone(model)
     rng = np.random.default_rng(0)
-    for twin in (model, plain):
-        state = nnx.state(twin, nnx.Param)
-        rng = np.random.default_rng(0)
-        nnx.update(
-            twin, jax.tree.map(lambda p: p + jnp.asarray(9 * rng.normal(size=p.shape) * (p.ndim > 1), p.dtype), state)
-        )
+    nnx.update(model, jax.tree.map(lambda p: rng.normal(0, 9, p.shape).astype(p.dtype), nnx.state(model, nnx.Param)))
+    free = ("norm1.scale", "norm1.bias", "norm2.scale", "up.bias", "attn.query.bias", "attn.out.bias")
+    before = {name: np.asarray(operator.attrgetter(name)(model)[...]) for name in free}
     optimizer = run_page("flax.nnx", model=model)["optimizer"]
-    tokens = jnp.asarray(rng.integers(0, 20, (2, 6)))
-    trained(model, optimizer, tokens)
-    trained(plain, nnx.Optimizer(plain, optax.adamw(1e-3), wrt=nnx.Param), tokens)
+    trained(model, optimizer, rng.integers(0, 20, (2, 6)))
     for layer in (model.attn.query, model.attn.key, model.attn.value):
         assert layer.kernel.shape == (12, 3, 4)  # in, heads, features
         assert_held(layer.kernel[...], 2.0, 0)
@@ -505,9 +499,8 @@ def test_transformer_block_of_flax_nnx():
     assert_held(model.up.kernel[...], 1.0, 0)
     assert_held(model.down.kernel[...], 1.0, 0)
     assert_held(model.embed.embedding[...], 4.0, 1)
-    for layer, other in ((model.norm1, plain.norm1), (model.norm2, plain.norm2)):
-        np.testing.assert_allclose(layer.scale[...], other.scale[...], rtol=1e-6)
-    np.testing.assert_allclose(model.up.bias[...], plain.up.bias[...], rtol=1e-6)
+    for name in free:
+        np.testing.assert_allclose(operator.attrgetter(name)(model)[...], before[name], rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.usefixtures("compile_quickly")
@@ -534,6 +527,6 @@ def test_mlp_of_equinox():
 
 def test_every_block_of_the_page_is_run():
     text = Path(__file__).read_text()
-    assert sum(map(len, BLOCKS.values())) == PAGE.count("```python") == 8
+    assert sum(map(len, BLOCKS.values())) == PAGE.count("```python") == 9
     for title, blocks in BLOCKS.items():
         assert not blocks or f'"{title}"' in text, title
