@@ -27,9 +27,10 @@ bench: .venv/ready
 versions:
 	$(PYTHON) tests/versions.py
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt tests/models.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r tests/models.txt
 	touch $@
 
 clean:

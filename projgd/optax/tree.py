@@ -100,7 +100,7 @@ class Leaf:
         Raises:
             ValueError: an axis that the parameter does not have.
         """
-        shape = tuple(jnp.shape(self.array))
+        shape = _shape(self.array)
         stacked, own = (axis.count, axis.axis) if isinstance(axis, Stacked) else (0, axis)
         if own not in ("fan_in", "matrix"):
             return axes.resolve(axis, shape, "out_last", self.name)
@@ -379,7 +379,7 @@ def _leaf(params: Any, path: tuple[Any, ...], array: Any) -> Leaf:
         nodes, names = nodes[:box], names[:box]
     if not trained:
         return Leaf("/".join(names), array, Layout(None, 1))
-    layout = _layout(nodes, names, tuple(jnp.shape(array)))
+    layout = _layout(nodes, names, _shape(array))
     if layout.guess and box is not None:
         layout = _from_partition_names(boxed) or layout
     return Leaf("/".join(names), array, layout, _find_declared(nodes, names, boxed))
@@ -435,7 +435,7 @@ def _from_partition_names(box: Any) -> Layout | None:
 
 
 def _warn_of_guess(leaf: Leaf, axis: Axis) -> None:
-    shape = tuple(jnp.shape(leaf.array))
+    shape = _shape(leaf.array)
     if axis == "matrix":
         read, stacked, whole = "one matrix", 'Stacked("matrix")', None
     else:

@@ -283,7 +283,8 @@ def hyperball(cls: type[Optimizer]) -> type[Projected]:
 
     Returns:
         A class whose constructor takes what that of `cls` takes, and `axis`: what makes one vector, default `"matrix"`.
-        `Stacked("matrix")`, also in a param group, makes one of each matrix in a stack.
+        `Stacked("matrix")`, also in a param group, makes one of each matrix in a stack. In the place of `axis` it takes
+        `constraint`: rules such as `{"*.experts.*": Sphere("initial", axis=Stacked("matrix")), "embed.*": None}`.
 
     Raises:
         TypeError: an object that is not an optimizer class.
@@ -324,9 +325,9 @@ def _make(cls: type[Optimizer]) -> type[Projected]:
             )
         if decay is None and "weight_decay" in takes:
             kwargs["weight_decay"] = 0.0
-        sphere = Sphere("initial", axis=kwargs.pop("axis", "matrix"))
-        fixed: dict[str, Any] = {"constraint": sphere, "update": RelativeUpdate()}
-        base.__init__(self, params, *args, **kwargs, **fixed)
+        if "constraint" not in kwargs:
+            kwargs["constraint"] = Sphere("initial", axis=kwargs.pop("axis", "matrix"))
+        base.__init__(self, params, *args, **kwargs, update=RelativeUpdate())
 
     def reduce_ex(self: Projected, protocol: Any) -> Any:
         if type(self) is not hyperball(cls):  # a subclass that somebody wrote: found by its own name

@@ -10,7 +10,7 @@ channel, at all positions. In an embedding, one vector is that of one token.
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from projgd import rules
-from projgd.axes import Split
+from projgd.axes import Split, Stacked
 from projgd.constraints import Constraint, MaxNorm
 from projgd.rules import Rules
 from projgd.torch import settings
@@ -38,6 +38,8 @@ OUT_FIRST = (
     nn.RNNCellBase,
     nn.MultiheadAttention,
 )
+FEW = 6
+"""A warning lists so many names one by one."""
 
 
 def param_groups(
@@ -129,7 +131,7 @@ def constraints(model: nn.Module, constraint: Constraint | Rules | None) -> dict
     if isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, {name: own is not None for name, own in chosen.items()})
     if isinstance(constraint, Constraint) and not any(chosen.values()):
-        warnings.warn(f"{constraint} holds nothing: no parameter of the model has a fan-in", stacklevel=3)
+        settings.warn(f"{constraint} holds nothing: no parameter of the model has a fan-in")
     _warn(uses, wanted, chosen)
     _warn_of_frozen(constraint, {name: uses[name][0].param for name, own in chosen.items() if own is not None})
     return chosen
@@ -281,6 +283,12 @@ def _find_param(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parame
     except AttributeError:
         owner = None
     p = None if owner is None else owner._parameters.get(own_name)
+    if owner is not None and is_parametrized(owner, own_name):
+        raise ValueError(
+            f"{name} of {type(module).__name__} is computed by a parametrization. Remove it with "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {own_name!r}), or pass "
+            f"name={f'{path}.' if path else ''}parametrizations.{own_name}.original for the tensor that it is made from"
+        )
     if owner is None or p is None:
         known = ", ".join(n for n, _ in module.named_parameters()) or "none"
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; its parameters are {known}")
@@ -293,10 +301,9 @@ def warn_of_declared(params: Iterable[Any]) -> None:
     for module in list(_declaring):
         for name in vars(module).get(ATTRIBUTE, {}):
             if id(getattr(module, name, None)) in given:
-                warnings.warn(
+                settings.warn(
                     f"{name} of a {type(module).__name__} has a declared constraint, which an optimizer cannot see "
-                    "on a bare tensor: pass the model in the place of model.parameters()",
-                    stacklevel=5,
+                    "on a bare tensor: pass the model in the place of model.parameters()"
                 )
                 return
 
@@ -323,6 +330,8 @@ def read_params(params: Any, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return params, own
     if constraint is not None and c is not None:
         raise ValueError(f"pass c={c} or constraint={constraint}, not both")
+    if has_rules and "axis" in own:
+        raise ValueError(f"axis={own['axis']!r} goes with c=, not with rules: give each constraint its axis")
     rest = {k: v for k, v in own.items() if k not in ("c", "axis", "constraint")} if has_rules else own
     if not isinstance(params, nn.Module):
         return _groups_by_rules(list(params), cast("Rules", constraint)), rest
@@ -380,7 +389,8 @@ def fan_in(layer: nn.Module, name: str, ndim: int) -> tuple[int, ...] | Split | 
     >>> fan_in(nn.ConvTranspose2d(4, 6, 3), "weight", 4)
     (0, 2, 3)
     """
-    if ndim < 2 or name.startswith("bias") or isinstance(layer, FREE):
+    is_bias = name.startswith("bias") or name.endswith(("_bias", "_biases"))  # of stacked experts: (experts, out)
+    if ndim < 2 or is_bias or isinstance(layer, FREE):
         return None
     if isinstance(layer, _ConvTransposeNd):  # the weight is (in, out / groups, *kernel), with the groups along `in`
         if layer.groups == 1:
@@ -501,17 +511,38 @@ def _warn(
     """Warn of constraints on tensors that are not effective weights, and of unknown layers."""
     held = [(name, p) for name, here in uses.items() for p in here if chosen[name] is not None]
     if indirect := [name for name, p in held if p.indirect]:
-        warnings.warn(
-            f"{', '.join(indirect)}: the constraint holds for this tensor, which the optimizer owns, not for the "
-            "effective weight that the parametrization makes from it",
-            stacklevel=4,
+        settings.warn(
+            f"{_list(indirect)}: the constraint holds for this tensor, which the optimizer owns, not for the "
+            "effective weight that the parametrization makes from it"
         )
     if unknown := [name for name, p in held if not p.known and _is_guessed(wanted[name], p.param)]:
-        warnings.warn(
-            f"{', '.join(unknown)}: not a weight of a layer that projgd knows, read as (out, in, *kernel); "
-            "a rule with an explicit axis settles it, such as axis=1, or axis=Stacked() for a stack of experts",
-            stacklevel=4,
+        settings.warn(
+            f"{_list(unknown)}: not a weight of a layer that projgd knows, read as (out, in, *kernel); a rule settles "
+            "it: an explicit axis, such as axis=1, or axis=Stacked() for a stack of experts; None frees it"
         )
+    if idle := [name for name, p in held if _is_no_stack(chosen[name], p)]:
+        settings.warn(
+            f"{_list(idle)}: {chosen[idle[0]]} leaves them free, because it takes the first axis for a stack; "
+            "give the stacks a rule of their own"
+        )
+
+
+def _is_no_stack(constraint: Constraint | None, use: _Use) -> bool:
+    """Return whether `Stacked` finds no vectors in a weight, because it is not a stack."""
+    if constraint is None or not isinstance(constraint.axis, Stacked) or _fan_in(use) is None:
+        return False
+    return constraint.resolve(tuple(use.param.shape), "out_first", use.name) is None
+
+
+def _list(names: Iterable[str]) -> str:
+    """Return names as text; names that differ in numbers alone, as those of many layers do, become one pattern."""
+    names = list(dict.fromkeys(names))
+    if len(names) <= FEW:
+        return ", ".join(names)
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    return ", ".join(pattern if len(here) > 1 else here[0] for pattern, here in alike.items())
 
 
 def _warn_of_frozen(constraint: Constraint | Rules | None, held: Mapping[str, nn.Parameter]) -> None:
@@ -522,10 +553,9 @@ def _warn_of_frozen(constraint: Constraint | Rules | None, held: Mapping[str, nn
     for pattern, names in own.items():
         if names and not any(held[name].requires_grad for name in names):
             who = constraint or "what is declared" if pattern is None else f"the rule {pattern!r}"
-            warnings.warn(
+            settings.warn(
                 f"{who} is for frozen parameters only, such as {names[0]!r}: nothing is projected unless they get a "
-                "gradient, or without_grad=True is passed",
-                stacklevel=4,
+                "gradient, or without_grad=True is passed"
             )
 
 

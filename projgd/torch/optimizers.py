@@ -139,7 +139,7 @@ class Projected(JointSets, Optimizer):
         methods.refuse_other_tensors(self, params)
         said = [k for group in params if isinstance(group, Mapping) for k in group] if isinstance(params, list) else []
         self.joint = joint
-        settings.warn_if_idle([*own, *said, *["c" for _ in self._joint]], self.param_groups)
+        settings.warn_if_idle([*own, *said, *["c" for _ in self._joint]], self.param_groups, is_module)
         if not is_module and "constraint" not in said:
             layers.warn_of_declared(_all_params(self.param_groups))
         self._is_stepping = False

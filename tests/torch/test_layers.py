@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from projgd import Box, MaxNorm, NonNegative, Stacked, UnitNorm, report
+from projgd import Box, MaxNorm, NonNegative, Sphere, Stacked, UnitNorm, report
 from projgd.torch import (
     ProjectedAdam,
     ProjectedSGD,
@@ -438,6 +438,72 @@ def test_a_stack_of_experts_is_noticed_and_can_be_said():
         net.up.grad = torch.zeros_like(net.up)
         optimizer.step()
     np.testing.assert_allclose(net.up.detach().norm(dim=2), 0.1, rtol=1e-5)
+
+
+def test_a_stack_beside_single_layers_needs_a_rule_of_its_own():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 6, 5))
+            self.up_bias = nn.Parameter(torch.randn(4, 6))
+            self.head = nn.Linear(6, 3)
+
+    net = Net()
+    with pytest.warns(UserWarning, match=r"^head.weight: MaxNorm.*Stacked.* leaves them free, .* a rule of their own$"):
+        ProjectedSGD(net, lr=0.1, constraint=MaxNorm(1.0, axis=Stacked()))
+    with pytest.warns(UserWarning, match="^up: not a weight"):  # the bias of the stack, (experts, out), is free
+        assert ProjectedSGD(net, lr=0.1, c=1.0).constraints()["up_bias"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProjectedSGD(net, lr=0.1, constraint={"up": MaxNorm(1.0, axis=Stacked()), "*": MaxNorm(1.0)})
+
+
+def test_a_warning_points_at_the_users_line_and_folds_the_names_of_many_layers():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix2 = nn.Parameter(torch.ones(3, 4))
+
+    few, many = (nn.Sequential(*[Layer() for _ in range(n)]) for n in (2, 7))
+    for make in (param_groups, lambda net, own: ProjectedSGD(net, lr=0.1, constraint=own)):
+        for net, names in ((few, "0.mix2, 1.mix2"), (many, "*.mix2")):
+            with pytest.warns(UserWarning, match="not a weight of a layer") as caught:
+                make(net, MaxNorm(1.0))
+            assert [(w.filename, str(w.message).partition(":")[0]) for w in caught] == [(__file__, names)]
+
+
+def test_a_convolution_with_a_long_kernel_is_no_stack():
+    net = nn.Sequential(nn.Conv1d(32, 32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProjectedSGD(net, lr=0.1, c=1.0)
+        hyperball(torch.optim.Adam)(net, lr=0.1)
+    with pytest.warns(UserWarning, match=r"axis=Stacked\(\)"):
+        ProjectedSGD(net.parameters(), lr=0.1, c=1.0)
+
+
+def test_a_declared_bound_on_a_parametrized_weight_says_what_to_do():
+    net = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"computed by a parametrization.*remove_parametrizations\(layer, 'weight'\)"):
+        constrain(net, MaxNorm(1.0), "0.weight")
+    own = "0.parametrizations.weight.original"
+    assert declared(constrain(net, MaxNorm(1.0), own)) == {own: MaxNorm(1.0)}
+
+
+def test_hyperball_takes_rules():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net.register_parameter("stack", nn.Parameter(torch.randn(3, 4, 4)))
+    rules = {"stack": Sphere("initial", axis=Stacked("matrix")), "0.*": None, "*": Sphere("initial", axis="matrix")}
+    optimizer = hyperball(torch.optim.Adam)(net, lr=0.1, constraint=rules)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(net.stack.norm(dim=(1, 2)), before["stack"].norm(dim=(1, 2)))
+    torch.testing.assert_close(net[1].weight.norm(), before["1.weight"].norm())
+    torch.testing.assert_close(net[0].weight, before["0.weight"] - 0.1)  # Adam's own step
+    with pytest.raises(ValueError, match="axis='matrix' goes with c=, not with rules"):
+        hyperball(torch.optim.Adam)(net, lr=0.1, constraint=rules, axis="matrix")
 
 
 def test_a_weight_shared_by_layers_that_disagree_is_an_error():
