@@ -236,7 +236,9 @@ def check_sets_over_several_tensors(ranks, **_):
         torch.manual_seed(0)
         alone = [nn.Parameter((size * torch.randn(s, dtype=torch.float64)).to(dtype)) for s in ((4, 6), (7,), (3, 5))]
         where = [[Shard(1)], [Shard(0)], [Replicate()]]
-        spread = [nn.Parameter(distribute_tensor(p.detach(), mesh, w)) for p, w in zip(alone[:3], where, strict=True)]
+        spread = [
+            nn.Parameter(distribute_tensor(p.detach().clone(), mesh, w)) for p, w in zip(alone, where, strict=True)
+        ]
         for params in (alone, spread):
             optimizer = ProjectedSGD(params, lr=0.0, joint=[TreeBall(2.0)])
             for p in params:
@@ -252,7 +254,7 @@ def check_sets_over_several_tensors(ranks, **_):
         assert abs(optimizer.joint_norms()[0] - norm) <= 1e-9
     a, b = torch.ones(2, 8), torch.ones(4, 2)
     sharded = nn.Parameter(distribute_tensor(a, mesh, [Shard(1)]))
-    with pytest.raises(ValueError, match="up is sharded, and ProductMaxNorm.* needs it whole"):
+    with pytest.raises(ValueError, match=r"up is sharded, and ProductMaxNorm.* needs it whole"):
         ProjectedSGD([("up", sharded), ("down", b)], lr=0.1, joint=[ProductMaxNorm(1.0).over("up", "down")])
     copies = [nn.Parameter(distribute_tensor(x, mesh, [Replicate()])) for x in (a, b)]
     optimizer = ProjectedSGD(copies, lr=0.0, joint=[ProductMaxNorm(1.0).over(*copies)])
