@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -40,6 +39,8 @@ class Arithmetic:
         shapes: the shapes of the members; of a sharded one, that of the whole tensor.
         store: store(i, y) returns the array y as it is read back after member i was set to it, rounding included.
         run_if: run_if(flag, f, *arrays) is f(*arrays), and may be the arrays if the flag is false.
+        repeat: repeat(n, f, state) is f(n - 1, … f(1, f(0, state))), and may stop when the first of the state, a flag,
+            is true.
         measure: returns for each array its largest magnitude r and the sum of squares of the whole tensor after
             division by r, as arrays of one dimension. Sharded tensors need one of their own.
     """
@@ -50,6 +51,7 @@ class Arithmetic:
     shapes: Sequence[tuple[int, ...]]
     store: Callable[[int, Array], Array]
     run_if: Callable[..., Any]
+    repeat: Callable[..., Any]
     measure: Callable[[Sequence[Array]], tuple[Array, Array]]
 
     @classmethod
@@ -64,7 +66,8 @@ class Arithmetic:
             "out_first" if is_torch_array(arrays[0]) else "out_last",
             [tuple(x.shape) for x in arrays],
             lambda i, y: xp.astype(y, arrays[i].dtype),
-            (lambda flag, f, *same: f(*same)) if in_jax else run_if_true,
+            run_always if in_jax else run_if_true,
+            repeat_always if in_jax else repeat_until_true,
             lambda members: measure_all(members, wide, xp),
         )
 
@@ -317,22 +320,21 @@ class ProductMaxNorm(JointSet):
         safe = start / xp.sqrt(1 + 4 * stored * product.spread(xp, 1 / unit))
         wide = [by.widen(x) for x in members]
 
-        def attempt(k: int, factor: Array, held: Array, *old: Array) -> tuple[Array, ...]:
-            factor = xp.where(held, factor, safe if k == TRIES else factor)
+        def attempt(k: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            held, factor, *old = state
+            factor = xp.where(held, factor, xp.where(xp.asarray(k == TRIES), safe, factor))
             new = [by.store(i, x * factor) for i, x in enumerate(wide)]
             upper = _Product.of(new, by).upper(xp, 3)
             kept = [xp.where(held, x, y) for x, y in zip(old, new, strict=True)]
             factor = factor * bound / xp.where(upper > bound, upper, bound) * (1 - 2.0 ** (k - 2) * stored - 64 * unit)
-            return factor, held | (upper <= bound * (1 - 16 * unit)), *kept
+            return held | (upper <= bound * (1 - 16 * unit)), factor, *kept
 
-        def scaled(moves: Array, factor: Array, *old: Array) -> tuple[Array, ...]:
-            now = (factor, ~moves, *old)
-            for k in range(TRIES + 1):
-                now = by.run_if(~now[1], partial(attempt, k), *now)
+        def scaled(moves: Array, *old: Array) -> tuple[Array, ...]:
+            held, _, *new = by.repeat(TRIES + 1, attempt, (~moves, start, *old))
             lost = xp.where(xp.isnan(start), xp.full_like(start, math.nan), xp.zeros_like(start))
-            return moves, factor, *(xp.where(now[1], x, xp.astype(lost, x.dtype)) for x in now[2:])
+            return moves, *(xp.where(held, x, xp.astype(lost, x.dtype)) for x in new)
 
-        return list(by.run_if(moves, scaled, moves, start, *members)[2:])
+        return list(by.run_if(moves, scaled, moves, *members)[1:])
 
 
 class _Product(NamedTuple):
@@ -551,6 +553,27 @@ class TreeBall(JointSet):
             return tuple(xp.where(moves, by.store(i, by.widen(x) * shift * factor), x) for i, x in enumerate(arrays))
 
         return list(by.run_if(moves, scaled, *members))
+
+
+def run_always(flag: Array, f: Callable[..., Any], *arrays: Array) -> Any:
+    """Return f(*arrays), because reading the flag would take longer, or cannot be done."""
+    return f(*arrays)
+
+
+def repeat_until_true(times: int, f: Callable[..., Any], state: Any) -> Any:
+    """Return the state after so many calls of f, or when its first entry, a flag that can be read, is true."""
+    for k in range(times):
+        if bool(state[0]):
+            break
+        state = f(k, state)
+    return state
+
+
+def repeat_always(times: int, f: Callable[..., Any], state: Any) -> Any:
+    """Return the state after so many calls of f."""
+    for k in range(times):
+        state = f(k, state)
+    return state
 
 
 def run_if_true(flag: Array, f: Callable[..., Any], *arrays: Array) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from projgd.axes import Layout
-from projgd.joint import Arithmetic, Joint, JointSet, TreeBall, measure_all, run_if_true
+from projgd.joint import Arithmetic, Joint, JointSet, TreeBall, measure_all, repeat_until_true, run_if_true
 from projgd.optax import tree
 from projgd.optax.tree import Transformation, is_absent
 from projgd.optax.xla import add_update, round_to_dtype, store_update, take_difference
@@ -199,15 +199,18 @@ def _onto(one: _Placed, arrays: list[Any], store: Callable[[int, Any], Any], log
         return []
 
     def run_if(flag: Any, f: Callable[..., Any], *same: Any) -> Any:
-        if not any(isinstance(x, jax.core.Tracer) for x in (flag, *same)):
-            return run_if_true(flag, f, *same)
         branch = partial(jax.lax.cond, flag, f, lambda *same: same)
         return jax.lax.platform_dependent(*same, cpu=branch, default=f)
 
+    def repeat(times: int, f: Callable[..., Any], state: Any) -> Any:
+        return jax.lax.fori_loop(0, times, f, state)
+
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, logits, vars(one.set))))
     shapes = [tuple(x.shape) for x in arrays]
+    control = (run_if, repeat) if is_traced else (run_if_true, repeat_until_true)
     measure = partial(measure_all, wide="float64", xp=jnp)
     with _enable_x64(True):
-        by = Arithmetic(jnp, "float64", one.layout, shapes, store, run_if, measure)
+        by = Arithmetic(jnp, "float64", one.layout, shapes, store, *control, measure)
         return one.set.onto(arrays, by, None if logits is None else jnp.asarray(logits))
 
 

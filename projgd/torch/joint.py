@@ -14,7 +14,18 @@ from torch.optim import Optimizer
 
 from projgd.config import from_config
 from projgd.constraints import NonNegative
-from projgd.joint import Arithmetic, Joint, JointSet, ProductMaxNorm, TreeBall, measure_all, run_if_true
+from projgd.joint import (
+    Arithmetic,
+    Joint,
+    JointSet,
+    ProductMaxNorm,
+    TreeBall,
+    measure_all,
+    repeat_always,
+    repeat_until_true,
+    run_always,
+    run_if_true,
+)
 from projgd.sums import Scalar
 from projgd.torch import routing, settings
 from projgd.torch.engines.ranks import all_reduce, is_dtensor, part_of
@@ -239,8 +250,9 @@ def _locals(params: Sequence[Tensor]) -> tuple[list[Tensor], Arithmetic]:
         found: tuple[Tensor, Tensor] = measure_all(members, wide, xp)
         return _over_ranks(params, *found) if any(map(_is_sharded, params)) else found
 
-    run_if = run_if_true if can_look else (lambda flag, f, *same: f(*same))  # an accelerator would wait for the host
-    return arrays, Arithmetic(xp, wide, "out_first", shapes, lambda i, y: y.to(params[i].dtype), run_if, measure)
+    # An accelerator would wait for the host, which reads a flag.
+    control = (run_if_true, repeat_until_true) if can_look else (run_always, repeat_always)
+    return arrays, Arithmetic(xp, wide, "out_first", shapes, lambda i, y: y.to(params[i].dtype), *control, measure)
 
 
 def _over_ranks(params: Sequence[Tensor], r: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

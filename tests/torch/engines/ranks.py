@@ -7,6 +7,7 @@ The ranks are forks of one process, which has imported everything. A process gro
 import copy
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -29,7 +30,18 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from projgd import MaxNorm, MinMaxNorm, NonNegative, RadialBrake, RelativeUpdate, Sphere, Split, UnitNorm
+from projgd import (
+    MaxNorm,
+    MinMaxNorm,
+    NonNegative,
+    ProductMaxNorm,
+    RadialBrake,
+    RelativeUpdate,
+    Sphere,
+    Split,
+    TreeBall,
+    UnitNorm,
+)
 from projgd.constraints import Constraint
 from projgd.torch import (
     ProjectedAdam,
@@ -234,6 +246,41 @@ def check_a_step_that_gradscaler_skips(ranks, **_):
         optimizer = torch.optim.SGD([p], lr=0.1)
         engine.run(None, Job(optimizer, torch.optim.SGD, {}, MaxNorm(C), skip=torch.tensor(skip)), [p])
         assert bool((whole(p) == 1).all()) is bool(skip), skip
+
+
+def check_sets_over_several_tensors(ranks, **_):
+    """A ball around all tensors takes one all-reduce (float64 two); a product needs whole factors."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for dtype, size in ((torch.float32, 3.0), (torch.bfloat16, 3.0), (torch.float64, 1e200)):
+        torch.manual_seed(0)
+        alone = [nn.Parameter((size * torch.randn(s, dtype=torch.float64)).to(dtype)) for s in ((4, 6), (7,), (3, 5))]
+        where = [[Shard(1)], [Shard(0)], [Replicate()]]
+        spread = [
+            nn.Parameter(distribute_tensor(p.detach().clone(), mesh, w)) for p, w in zip(alone, where, strict=True)
+        ]
+        for params in (alone, spread):
+            optimizer = ProjectedSGD(params, lr=0.0, joint=[TreeBall(2.0)])
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            with CommDebugMode() as traffic:
+                optimizer.step()
+        counts = list(traffic.get_comm_counts().values())
+        assert sum(counts) == (2 if dtype == torch.float64 else 1), counts
+        for p, q in zip(alone, spread, strict=True):
+            torch.testing.assert_close(whole(q), p.detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+        norm = math.sqrt(sum(float(whole(p).double().square().sum()) for p in spread))
+        assert 2.0 * (1 - 1e-2) <= norm <= 2.0, norm
+        assert abs(optimizer.joint_norms()[0] - norm) <= 1e-9
+    a, b = torch.ones(2, 8), torch.ones(4, 2)
+    sharded = nn.Parameter(distribute_tensor(a, mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match=r"up is sharded, and ProductMaxNorm.* needs it whole"):
+        ProjectedSGD([("up", sharded), ("down", b)], lr=0.1, joint=[ProductMaxNorm(1.0).over("up", "down")])
+    copies = [nn.Parameter(distribute_tensor(x, mesh, [Replicate()])) for x in (a, b)]
+    optimizer = ProjectedSGD(copies, lr=0.0, joint=[ProductMaxNorm(1.0).over(*copies)])
+    for p in copies:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert 1 - 1e-5 <= float((whole(copies[1]).double() @ whole(copies[0]).double()).norm()) <= 1.0
 
 
 @dataclass(frozen=True)
