@@ -159,3 +159,34 @@ def test_the_code_of_the_page_about_update_shaping_runs():
     jax_steps(in_graph)
     assert seen == 21
     assert len(in_graph) > 5
+
+
+# ------------------------------------------------------------------------------------------- sets over several tensors
+
+
+def test_the_code_of_the_page_about_joint_sets_runs():
+    peft = pytest.importorskip("peft")
+    torch_lora, jax_lora, torch_clip, jax_clip, torch_ball, jax_ball = blocks_of("docs/joint.md")
+    attn = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32), "k_proj": torch.nn.Linear(32, 8)})
+    model = torch.nn.ModuleDict({"attn": attn})
+    names = {"torch": torch, "peft": peft, "model": torch.nn.Sequential(torch.nn.Linear(6, 5)), **vars(projgd.torch)}
+    with pytest.MonkeyPatch.context() as patch:
+        config = peft.LoraConfig
+        patch.setattr(peft, "LoraConfig", lambda **options: config(target_modules=["0"], **options))
+        exec(torch_lora, names)
+    assert names["opt"].joint[0].set == projgd.ProductMaxNorm(1.5, 2.0)
+    names |= {"model": model, "logits": 300 * torch.rand(2, 16, 4, 4)}
+    for block in (torch_clip, torch_ball):
+        exec(block, names)
+
+    key = jax.random.key(0)
+    params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}}
+    names = {**vars(projgd), "optax": optax, "joint_projection": projgd.optax.joint_projection}
+    exec(jax_lora, names)
+    names["tx"].init(params)
+    kernels = {"query": {"kernel": jnp.ones((32, 16, 2))}, "key": {"kernel": jnp.ones((32, 4, 2))}}
+    params = {"attn": kernels}
+    names |= {"params": params, "grads": params, "logits": 300 * jax.random.uniform(key, (2, 16, 4, 4))}
+    state = optax.chain(optax.adam(1e-3), optax.identity()).init(params)
+    exec(jax_clip, names | {"state": state})
+    exec(jax_ball, names)
