@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from projgd import MaxNorm, Stacked
+from projgd import MaxNorm, Stacked, report
 from projgd.torch import ProjectedAdamW, ProjectedSGD, constrain, declared, hyperball, lora_pairs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
@@ -517,9 +517,10 @@ def test_mlp_of_equinox():
     model = eqx.combine(jax.tree.map(lambda p: 30 * p, arrays), rest)
     x, y = jnp.ones((4, 8)), jnp.zeros((4, 3))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the activations are leaves, too, and have no shape
+        warnings.simplefilter("error")
         names = run_page("equinox", model=model, loss=loss)
         model, _ = names["step"](model, names["state"], x, y)
+        assert report(model, MaxNorm(1.0)).violations == 0  # reads the whole module, with its activations
     for layer, c in zip(model.layers, (1.0, 1.0, 0.25), strict=True):
         assert_held(layer.weight, c, 1)
     assert float(jnp.abs(model.layers[0].bias).max()) > 1.0  # free
