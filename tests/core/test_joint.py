@@ -136,6 +136,17 @@ def test_a_product_near_the_bound(pair, share):
         product_case(pair, ProductMaxNorm(norm * share), "torch")
 
 
+def test_a_product_that_float64_cannot_tell_from_the_bound_is_held():
+    """The rank-one products are 1e9 times their sum, so that the computed sum may be far too small."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        v, w, change = 1e5 * rng.standard_normal((1, 9)), 1e5 * rng.standard_normal((9, 1)), rng.standard_normal((1, 9))
+        a, b = np.concatenate([v, v + 1e-5 * change]), np.concatenate([w, -w], axis=1)
+        for made in (ProductMaxNorm(0.5), ProductMaxNorm(float(length(product((a, b), "torch"))) * 0.9)):
+            moved = project(made, "torch", (a, b))
+            assert length(product(moved, "torch")) <= made.c
+
+
 def test_jax_without_float64_is_held_with_a_wider_guard():
     rng = np.random.default_rng(1)
     pair = [rng.standard_normal(s).astype(np.float32) for s in ((40, 4), (4, 30))]
@@ -198,8 +209,8 @@ def test_a_ball_around_all(library, dtype, shapes, seed, size, broken):
 
 
 def test_a_ball_of_huge_float64():
-    (y,) = TreeBall(3.0).project(np.full(7, 1e308))
-    assert 3.0 * (1 - 1e-12) < length(y) <= 3.0
+    (y,) = TreeBall(1e-5).project(np.full(7, 1e308))
+    assert 1e-5 * (1 - 1e-12) < length(y) <= 1e-5
 
 
 def test_a_ball_of_mixed_dtypes():

@@ -100,6 +100,20 @@ def test_a_product_is_held_through_the_chain_from_anywhere(step, exponent):
     assert product_norm(moved) <= made.c
 
 
+def test_what_an_update_cannot_reach_is_measured_too():
+    """From 1e4 an update reaches numbers near 1 to 5e-4 only, and B A is a small difference of large products."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((6, 2)), rng.standard_normal((2, 6))
+        a[:, 1], b[1] = a[:, 0], -b[0] * 1.01
+        params = pair("float32", 1e4, seed, ((6, 2), (2, 6)))
+        wanted = {"q": {"lora_a": jnp.asarray(a, jnp.float32), "lora_b": jnp.asarray(b, jnp.float32)}}
+        updates = jax.tree.map(lambda q, p: q - p, wanted, params)
+        made = ProductMaxNorm(0.9 * float(product_norm(jax.tree.map(lambda p, u: p + u, params, updates))))
+        moved = taker([made.over(*NAMES)], "chain", False)(params, updates)
+        assert product_norm(moved) <= made.c
+
+
 def test_where_it_holds_the_chain_is_the_plain_optimizers():
     params, joint = pair(), [ProductMaxNorm(1e3).over(*NAMES), TreeBall(1e3)]
     plain, tx = optax.adam(0.1), optax.chain(optax.adam(0.1), joint_projection(joint))
