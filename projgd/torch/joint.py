@@ -61,7 +61,8 @@ class JointSets(_Base):
 
     @joint.setter
     def joint(self, joint: Iterable[Joint | JointSet]) -> None:
-        names, params = zip(*self._named(), strict=True)
+        named = self._named()  # empty where ZeroRedundancyOptimizer gives a rank no parameter
+        names, params = [name for name, _ in named], [p for _, p in named]
         read: list[tuple[JointSet, tuple[int, ...]]] = []
         if isinstance(joint, (str, Joint, JointSet)) or not isinstance(joint, Iterable):
             raise TypeError(f"joint={joint!r} is not a list: pass one such as [TreeBall(4.0)]")
