@@ -335,7 +335,7 @@ def read_params(params: Any, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     rest = {k: v for k, v in own.items() if k not in ("c", "axis", "constraint")} if has_rules else own
     if not isinstance(params, nn.Module):
         return _groups_by_rules(list(params), cast("Rules", constraint)), rest
-    if c is None and constraint is None and ("c" in own or "constraint" in own or not declared(params)):
+    if c is None and constraint is None and (own.keys() & {"c", "constraint", "axis"} or not declared(params)):
         return list(params.named_parameters()), own
     groups = param_groups(params, constraint if c is None else MaxNorm(c, own.get("axis", "fan_in")))
     if c is None:

@@ -744,6 +744,8 @@ def test_rules_win_over_what_is_declared_which_wins_over_a_bound_for_all():
     assert held(constraint={"temporal.*": MaxNorm(2.0), "*": None}) == {"temporal.weight": MaxNorm(2.0)}
     assert held(constraint={"*.bias": NonNegative()}).keys() == {*DECLARED, "norm.bias", "classifier.bias"}
     assert held(c=None) == {}
+    with pytest.raises(ValueError, match="axis=1 alone holds nothing: pass c= with it"):
+        held(axis=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     project_after_step(optimizer, None, model)
     steps(model, optimizer)
