@@ -1,15 +1,20 @@
-"""Assign settings to parameters by glob patterns over their full names."""
+"""Assign settings to parameters by glob patterns over their full names, and tell the user what has no effect."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TypeVar
 
 from projgd.constraints import Constraint
 
 T = TypeVar("T")
+
+PACKAGE = Path(__file__).parent
 
 Rules = Mapping[str, Constraint | None]
 """`{pattern: constraint or None}`. The first pattern that matches a name wins; a name that none matches is free."""
@@ -102,6 +107,14 @@ def own_names(rules: Mapping[str, T], names: Iterable[str]) -> dict[str, list[st
     """Return for each pattern the names of which it is the first match."""
     first = _first(rules, names)
     return {pattern: [name for name, found in first.items() if found == pattern] for pattern in rules}
+
+
+def warn(message: str) -> None:
+    """Warn, at the line of the caller's code that led here, however deep in projgd the reason is found."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from projgd import rules
 from projgd.axes import Axis
 from projgd.constraints import Sphere, norms_of
 from projgd.optax.projection import projection
@@ -178,10 +178,9 @@ def hyperball(inner: optax.GradientTransformation, learning_rate: Any, axis: Axi
 
     def init(params: Any) -> Any:
         if names := _find_decayed(inner, params, axis):
-            warnings.warn(
+            rules.warn(
                 f"the inner optimizer moves {', '.join(names)} without a gradient, as weight decay does. hyperball() "
-                "fixes the norm, so decay would only shorten the rest of the update: make it with weight_decay=0",
-                stacklevel=2,
+                "fixes the norm, so decay would only shorten the rest of the update: make it with weight_decay=0"
             )
         return chained.init(params)
 

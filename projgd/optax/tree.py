@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeGuard
@@ -113,7 +112,8 @@ class Leaf:
             return None
         if own == "matrix":
             fan_in = tuple(range(-ndim, 0))
-        return axes.resolve(fan_in, shape, "out_last", self.name) if fan_in else None
+        own_axes = tuple(a for a in fan_in or () if a >= -ndim)  # an axis of the stack enters no neuron
+        return axes.resolve(own_axes, shape, "out_last", self.name) if own_axes else None
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,9 @@ def resolve(constraints: Constraints, params: Any, split_over: SplitOver | None 
             _refuse_flat(constraints, leaves[0])
         resolved = [_resolve_split(*pair, over) for pair in zip(leaves, _spread(constraints, params), strict=True)]
         if isinstance(constraints, Constraint) and names and not any(resolved):
-            warnings.warn(
+            rules.warn(
                 f"{constraints} holds nothing: no parameter has a vector for it, such as {names[0]!r}. "
-                "axis=None makes each whole array one vector",
-                stacklevel=3,
+                "axis=None makes each whole array one vector"
             )
         return resolved
     chosen = rules.assign(constraints, names)
@@ -442,10 +441,9 @@ def _warn_of_guess(leaf: Leaf, axis: Axis) -> None:
         assert leaf.fan_in is not None
         whole = tuple(a + len(shape) for a in leaf.fan_in)
         read, stacked = f"one layer with the axes {whole} entering a neuron", "Stacked()"
-    warnings.warn(
-        f"{leaf.name} has shape {shape} and no bias or layer type tells how: it is read as {read}. If its first axis "
-        f"counts layers, heads or experts, pass axis={stacked}; if not, axis={whole} says so",
-        stacklevel=3,
+    rules.warn(
+        f"{leaf.name} has shape {shape}, and no bias or layer type tells what its axes are: it is read as {read}. If "
+        f"its first axis counts layers, heads or experts, pass axis={stacked}; if not, axis={whole} says so"
     )
 
 

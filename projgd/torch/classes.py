@@ -21,7 +21,7 @@ class ProjectedAdadelta(Projected, optim.Adadelta):
     """Run `torch.optim.Adadelta`, then project the parameters.
 
     The constructor takes what `torch.optim.Adadelta` takes, and `c`, `axis`, `constraint`, `update`, `gradient`,
-    `metric`, `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `metric`, `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -37,7 +37,7 @@ class ProjectedAdafactor(Projected, optim.Adafactor):
     """Run `torch.optim.Adafactor`, then project the parameters.
 
     The constructor takes what `torch.optim.Adafactor` takes, and `c`, `axis`, `constraint`, `update`, `gradient`,
-    `metric`, `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `metric`, `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -53,7 +53,7 @@ class ProjectedAdagrad(Projected, optim.Adagrad):
     """Run `torch.optim.Adagrad`, then project the parameters.
 
     The constructor takes what `torch.optim.Adagrad` takes, and `c`, `axis`, `constraint`, `update`, `gradient`,
-    `metric`, `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `metric`, `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -69,7 +69,7 @@ class ProjectedAdam(Projected, optim.Adam):
     """Run `torch.optim.Adam`, then project the parameters.
 
     The constructor takes what `torch.optim.Adam` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -85,7 +85,7 @@ class ProjectedAdamW(Projected, optim.AdamW):
     """Run `torch.optim.AdamW`, then project the parameters.
 
     The constructor takes what `torch.optim.AdamW` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -101,7 +101,7 @@ class ProjectedAdamax(Projected, optim.Adamax):
     """Run `torch.optim.Adamax`, then project the parameters.
 
     The constructor takes what `torch.optim.Adamax` takes, and `c`, `axis`, `constraint`, `update`, `gradient`,
-    `metric`, `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `metric`, `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -117,7 +117,7 @@ class ProjectedASGD(Projected, optim.ASGD):
     """Run `torch.optim.ASGD`, then project the parameters.
 
     The constructor takes what `torch.optim.ASGD` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -135,7 +135,7 @@ class ProjectedLBFGS(Projected, optim.LBFGS):
     The line search evaluates points outside of the set; only the end of the step is projected.
 
     The constructor takes what `torch.optim.LBFGS` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -157,7 +157,7 @@ class ProjectedMuon(Projected, optim.Muon):
     Muon takes matrices only.
 
     The constructor takes what `torch.optim.Muon` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -173,7 +173,7 @@ class ProjectedNAdam(Projected, optim.NAdam):
     """Run `torch.optim.NAdam`, then project the parameters.
 
     The constructor takes what `torch.optim.NAdam` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -189,7 +189,7 @@ class ProjectedRAdam(Projected, optim.RAdam):
     """Run `torch.optim.RAdam`, then project the parameters.
 
     The constructor takes what `torch.optim.RAdam` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -205,7 +205,7 @@ class ProjectedRMSprop(Projected, optim.RMSprop):
     """Run `torch.optim.RMSprop`, then project the parameters.
 
     The constructor takes what `torch.optim.RMSprop` takes, and `c`, `axis`, `constraint`, `update`, `gradient`,
-    `metric`, `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `metric`, `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -221,7 +221,7 @@ class ProjectedRprop(Projected, optim.Rprop):
     """Run `torch.optim.Rprop`, then project the parameters.
 
     The constructor takes what `torch.optim.Rprop` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -237,7 +237,7 @@ class ProjectedSGD(Projected, optim.SGD):
     """Run `torch.optim.SGD`, then project the parameters.
 
     The constructor takes what `torch.optim.SGD` takes, and `c`, `axis`, `constraint`, `update`, `gradient`, `metric`,
-    `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -255,7 +255,7 @@ class ProjectedSparseAdam(Projected, optim.SparseAdam):
     The first step projects the whole table, later steps only the rows that they move.
 
     The constructor takes what `torch.optim.SparseAdam` takes, and `c`, `axis`, `constraint`, `update`, `gradient`,
-    `metric`, `without_grad` and `engine`, see `projgd.torch.Projected`.
+    `metric`, `without_grad`, `engine` and `joint`, see `projgd.torch.Projected`.
 
     >>> import torch
     >>> layer = torch.nn.Embedding(10, 3, sparse=True)
@@ -276,7 +276,8 @@ def hyperball(cls: type[Optimizer]) -> type[Projected]:
     u is the direction of the inner optimizer, Norm divides by the Frobenius norm, and η is the `lr`, which may follow a
     schedule. The class is `projected(cls)` with `constraint=Sphere("initial", axis="matrix")`,
     `update=RelativeUpdate()` and no weight decay, because the sphere holds the norm already. Biases and gains, and
-    groups with `constraint=None`, take the step of `cls` itself.
+    groups with `constraint=None`, take the step of `cls` itself. On a layer with a declared constraint, see
+    `constrain`, that constraint wins over the sphere.
 
     Args:
         cls: an optimizer class with an `lr`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,10 +67,9 @@ def project_after_step(
             "of a wrapper pass the optimizer inside it, such as wrapper.optimizer"
         )
     if callable(getattr(optimizer, "second_step", None)):
-        warnings.warn(
+        rules.warn(
             f"only step() of {type(optimizer).__name__} is followed by the projection, not second_step(): for the form "
-            "in two steps pass the optimizer inside it, such as optimizer.base_optimizer",
-            stacklevel=2,
+            "in two steps pass the optimizer inside it, such as optimizer.base_optimizer"
         )
     options = {"without_grad": without_grad}
     chosen = _choose(optimizer, constraint, model, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from projgd import rules
 from projgd.config import from_config
 from projgd.constraints import NonNegative
 from projgd.joint import (
@@ -154,7 +154,7 @@ class JointSets(_Base):
             if all(p.grad is None for p in params):
                 continue
             if made.takes_logits and i not in observed and not torch.compiler.is_compiling():
-                warnings.warn(f"{made} does nothing in a step without logits: call optimizer.observe(…)", stacklevel=4)
+                rules.warn(f"{made} does nothing in a step without logits: call optimizer.observe(…)")
             arrays, by = _locals(params)
             if torch.is_grad_enabled():  # autograd needs the values before the projection
                 arrays = [x.clone() for x in arrays]
@@ -169,6 +169,9 @@ class JointSets(_Base):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         joint = [(from_config(j["set"]), tuple(j["over"])) for j in state_dict.get("joint", ())]
+        count = len(self._named())
+        if any(place >= count for _, places in joint for place in places):
+            raise ValueError(f"the state has joint sets over other parameters than the {count} of this optimizer")
         self._check_joint(joint)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "joint"})
         self._joint = tuple(joint) or self._joint

@@ -131,7 +131,7 @@ def constraints(model: nn.Module, constraint: Constraint | Rules | None) -> dict
     if isinstance(constraint, Mapping):
         rules.refuse_idle(constraint, {name: own is not None for name, own in chosen.items()})
     if isinstance(constraint, Constraint) and not any(chosen.values()):
-        settings.warn(f"{constraint} holds nothing: no parameter of the model has a fan-in")
+        rules.warn(f"{constraint} holds nothing: no parameter of the model has a fan-in")
     _warn(uses, wanted, chosen)
     _warn_of_frozen(constraint, {name: uses[name][0].param for name, own in chosen.items() if own is not None})
     return chosen
@@ -301,7 +301,7 @@ def warn_of_declared(params: Iterable[Any]) -> None:
     for module in list(_declaring):
         for name in vars(module).get(ATTRIBUTE, {}):
             if id(getattr(module, name, None)) in given:
-                settings.warn(
+                rules.warn(
                     f"{name} of a {type(module).__name__} has a declared constraint, which an optimizer cannot see "
                     "on a bare tensor: pass the model in the place of model.parameters()"
                 )
@@ -511,17 +511,17 @@ def _warn(
     """Warn of constraints on tensors that are not effective weights, and of unknown layers."""
     held = [(name, p) for name, here in uses.items() for p in here if chosen[name] is not None]
     if indirect := [name for name, p in held if p.indirect]:
-        settings.warn(
+        rules.warn(
             f"{_list(indirect)}: the constraint holds for this tensor, which the optimizer owns, not for the "
             "effective weight that the parametrization makes from it"
         )
     if unknown := [name for name, p in held if not p.known and _is_guessed(wanted[name], p.param)]:
-        settings.warn(
+        rules.warn(
             f"{_list(unknown)}: not a weight of a layer that projgd knows, read as (out, in, *kernel); a rule settles "
             "it: an explicit axis, such as axis=1, or axis=Stacked() for a stack of experts; None frees it"
         )
     if idle := [name for name, p in held if _is_no_stack(chosen[name], p)]:
-        settings.warn(
+        rules.warn(
             f"{_list(idle)}: {chosen[idle[0]]} leaves them free, because it takes the first axis for a stack; "
             "give the stacks a rule of their own"
         )
@@ -553,7 +553,7 @@ def _warn_of_frozen(constraint: Constraint | Rules | None, held: Mapping[str, nn
     for pattern, names in own.items():
         if names and not any(held[name].requires_grad for name in names):
             who = constraint or "what is declared" if pattern is None else f"the rule {pattern!r}"
-            settings.warn(
+            rules.warn(
                 f"{who} is for frozen parameters only, such as {names[0]!r}: nothing is projected unless they get a "
                 "gradient, or without_grad=True is passed"
             )

@@ -562,7 +562,7 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
 
     Raises:
         TypeError: an object that is not an optimizer class, or a class with an option of its own named `c`, `axis`,
-            `constraint`, `update`, `gradient`, `metric` or `without_grad`.
+            `constraint`, `update`, `gradient`, `metric`, `without_grad`, `engine` or `joint`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -580,7 +580,7 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
         raise TypeError(f"projected() takes a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
     if issubclass(cls, Projected):
         return cls
-    if taken := [k for k in settings.KEYS if k in inspect.signature(cls).parameters]:
+    if taken := [k for k in (*settings.KEYS, "engine", "joint") if k in inspect.signature(cls).parameters]:
         raise TypeError(f"{cls.__name__} has an option {taken[0]} of its own: make it and use project_after_step()")
     if cls not in _made:
         module = __name__ if cls.__module__.startswith("torch.optim") else cls.__module__

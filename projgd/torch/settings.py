@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from projgd import axes
+from projgd import axes, rules
 from projgd.axes import Vectors
 from projgd.config import from_config
 from projgd.constraints import Constraint, MaxNorm, positive
@@ -31,8 +29,6 @@ from projgd.metrics import NAMES
 from projgd.sums import float_type
 from projgd.torch.engines import ranks
 from projgd.updates import Update
-
-PACKAGE = Path(__file__).parents[1]
 
 LONG_KERNEL = 32
 """A tensor of three axes whose last two are this long is more likely a stack of matrices than a convolution."""
@@ -313,14 +309,6 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
             ranks.check_sharding(p, constraint, metric, name)
 
 
-def warn(message: str) -> None:
-    """Warn, at the line of the caller's code that led here, however deep in projgd the reason is found."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
-
-
 def warn_if_idle(said: Iterable[str], groups: Sequence[Mapping[str, Any]], layers_known: bool = False) -> None:
     """Warn if nothing will be projected, or if a stack may be read as one layer.
 
@@ -334,19 +322,19 @@ def warn_if_idle(said: Iterable[str], groups: Sequence[Mapping[str, Any]], layer
             that is more likely a stack of matrices than a convolution.
     """
     if not set(said) & {"c", "constraint", "update", "gradient"}:
-        warn("nothing is projected: pass c=, such as c=4.0, or constraint=; c=None says that nothing should be")
+        rules.warn("nothing is projected: pass c=, such as c=4.0, or constraint=; c=None says that nothing should be")
     asked = [(constraint_of(g), named_params(g, i)) for i, g in enumerate(groups)]
     found = [(own, name, p) for own, named in asked if own is not None for name, p in named.items()]
     if found and all(own.resolve(tuple(p.shape), "out_first", name) is None for own, name, p in found):
         own, name, p = found[0]
-        warn(
+        rules.warn(
             f"{own} holds nothing: no parameter has a vector for it, such as {name} of shape {tuple(p.shape)}. "
             "axis=None makes each whole tensor one vector"
         )
     for own, name, p in [] if layers_known else found:
         if own.axis in ("fan_in", "matrix") and p.ndim == 3 and min(p.shape[1:]) >= LONG_KERNEL:
             read, stacked = ("one matrix", '"matrix"') if own.axis == "matrix" else ("(out, in, kernel)", "")
-            warn(
+            rules.warn(
                 f"{name} of shape {tuple(p.shape)} is read as {read}. If its first axis counts layers or experts, pass "
                 f"axis=Stacked({stacked}); if not, axis={None if own.axis == 'matrix' else (1, 2)} says so"
             )

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from projgd import axes
+from projgd import axes, rules
 from projgd.axes import Axis, Vectors
 from projgd.constraints import Constraint, norms_of
 from projgd.sums import Measures, float_type, measures_of, norm
@@ -80,10 +79,9 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
     """
     constraint, update = settings.constraint_of(group), group["update"]
     if group.get("weight_decay") and constraint is not None and constraint.fixes_norm:
-        warnings.warn(
+        rules.warn(
             f"weight_decay={group['weight_decay']} works against {constraint}: the projection undoes what it does to "
-            "the norm, and what is left changes the length or the direction of the update. Pass weight_decay=0",
-            stacklevel=4,
+            "the norm, and what is left changes the length or the direction of the update. Pass weight_decay=0"
         )
     if group["gradient"] is not None and (constraint is None or constraint.axis == "entries"):
         raise ValueError(
@@ -109,10 +107,9 @@ def check(inner: type[Optimizer], group: Mapping[str, Any], named: Mapping[str, 
         if update.needs_norm and has_numbers(p):
             norms_of(*_measurable(p, vectors, update.axis_beside(constraint)), name, f"{update} needs one", xp)
         if p.dtype in (torch.bfloat16, torch.float16) and reads_weights(inner, group):
-            warnings.warn(
+            rules.warn(
                 f"{name} is {p.dtype}, and the update of {inner.__name__} is read off it as a difference, after "
-                "rounding: small updates lose their direction. Keep the weights in float32 under torch.autocast",
-                stacklevel=4,
+                "rounding: small updates lose their direction. Keep the weights in float32 under torch.autocast"
             )
 
 

@@ -100,8 +100,8 @@ def test_the_stock_loop_of_nnx_knows_nothing_of_it():
         step(model, optimizer, jnp.ones((4, 5)))
     assert norms(nnx.state(model, nnx.Param))[0] <= 0.25
     assert declared(model) == declared(nnx.clone(model)) == {"head/kernel": SMALL, "hidden/kernel": LARGE}
-    counted = optax.tree.map_params(optimizer.tx, jnp.ones_like, nnx.pure(optimizer.opt_state))
-    assert jax.tree.structure(counted) == jax.tree.structure(nnx.pure(optimizer.opt_state))
+    counted = optax.tree.map_params(optimizer.tx, jnp.ones_like, nnx.as_pure(optimizer.opt_state))
+    assert jax.tree.structure(counted) == jax.tree.structure(nnx.as_pure(optimizer.opt_state))
     graph, state = nnx.split(model)
     assert declared(nnx.merge(graph, pickle.loads(pickle.dumps(state)))) == declared(model)
 

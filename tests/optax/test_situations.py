@@ -140,7 +140,8 @@ def test_debugging_modes(form):
         state = tx.init(p)
         update = jax.jit(tx.update) if form == "jitted" else tx.update
         updates, state = update(jax.tree.map(jnp.negative, p), state, p)
-        update(updates, state, optax.apply_updates(p, updates))
+        updates, _ = update(updates, state, optax.apply_updates(p, updates))
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
 
 
 def test_sets_in_debugging_modes():
@@ -151,8 +152,10 @@ def test_sets_in_debugging_modes():
             set_.violation(jax.jit(set_.project)(x))
             set_.violation(set_.project(0 * x))
             set_.onto_in(x, x, (0,), jnp)
-        jax.jit(lambda p: apply_updates(p, p, STATIC))(p)
-        project(apply_updates(p, p, STATIC), STATIC)
+        jitted = jax.jit(lambda p: apply_updates(p, p, STATIC))(p)
+        held = project(apply_updates(p, p, STATIC), STATIC)
+    for name in p:
+        np.testing.assert_allclose(held[name], jitted[name], rtol=1e-5)
 
 
 def test_what_is_not_finite_still_shows_in_its_own_vector():

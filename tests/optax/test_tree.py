@@ -130,7 +130,7 @@ def test_layers_that_are_known_to_be_stacked_are_read_one_by_one(make):
 def test_a_stack_that_nothing_tells_of_is_noticed_and_can_be_said():
     params = {"blocks": {"w": 10 * ones(4, 5, 3)}}
     with pytest.warns(
-        UserWarning, match=r"blocks/w has shape \(4, 5, 3\) .* axes \(0, 1\) entering .* axis=Stacked\(\)"
+        UserWarning, match=r"blocks/w has shape \(4, 5, 3\), .* axes \(0, 1\) entering .* axis=Stacked\(\)"
     ):
         project(params, MaxNorm(1.0))
     with pytest.warns(UserWarning, match=r'read as one matrix.* axis=Stacked\("matrix"\)'):
@@ -140,6 +140,9 @@ def test_a_stack_that_nothing_tells_of_is_noticed_and_can_be_said():
         each = project(params, MaxNorm(1.0, axis=Stacked()))["blocks"]["w"]
         matrices = project(params, MaxNorm(1.0, axis=Stacked("matrix")))["blocks"]["w"]
         together = project(params, MaxNorm(1.0, axis=None))["blocks"]["w"]
+        convolutions = {"conv": {"kernel": 10 * ones(4, 3, 3, 5, 2)}}  # four of them; the name says no more than that
+        held = project(convolutions, MaxNorm(1.0, axis=Stacked()))["conv"]["kernel"]
+        np.testing.assert_allclose(jnp.linalg.norm(held.reshape(4, -1, 2), axis=1), 1, rtol=1e-5)
         project({"conv1": {"w": ones(4, 5, 3)}, "Conv_0": {"kernel": ones(3, 3, 5, 3)}}, MaxNorm(1.0))
         radii = hyperball(optax.sgd(1.0), 0.1, axis=Stacked("matrix")).init(params)[-1].initial["blocks"]["w"]
     np.testing.assert_allclose(jnp.linalg.norm(each, axis=1), 1, rtol=1e-5)

@@ -518,3 +518,13 @@ def test_what_numpy_says_of_the_same_members():
     twins = [p.detach().numpy().T for p in pair(torch.float64)]
     for p, q in zip((a, b), ProductMaxNorm(1.0).project(*twins), strict=True):
         np.testing.assert_allclose(p.detach().numpy(), q.T, rtol=1e-12)
+
+
+def test_a_state_with_joint_sets_over_other_parameters_is_refused_before_it_is_loaded():
+    a, b = pair(torch.float32)
+    saved = ProjectedSGD([a, b], lr=0.1, joint=[ProductMaxNorm(1.0).over(a, b)]).state_dict()
+    other = ProjectedSGD([nn.Parameter(torch.ones(2, 2))], lr=0.5, joint=[TreeBall(3.0)])
+    with pytest.raises(ValueError, match="joint sets over other parameters than the 1 of this optimizer"):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 0.5
+    assert [str(each.set) for each in other.joint] == ["TreeBall(c=3.0)"]
