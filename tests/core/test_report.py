@@ -147,7 +147,7 @@ def test_what_has_no_parameters_is_refused(nothing):
         report(nothing, MaxNorm(1.0))
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (5, 1), (3, 4, 2, 2), (0, 3)])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 1), (3, 4, 2, 2), (0, 3), (500, 600), (2, 200, 3, 400)])  # pieces, too
 @pytest.mark.parametrize("axis", ["fan_in", 0, (0, 1), None, -1])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_norms_are_those_of_float64(shape, axis, dtype):
@@ -155,7 +155,7 @@ def test_norms_are_those_of_float64(shape, axis, dtype):
     (row,) = report({"w": x}, MaxNorm(1.0, axis=axis)).rows
     vectors = MaxNorm(1.0, axis=axis).vectors(x)
     wanted = np.sqrt(np.sum(x.astype(np.float64) ** 2, axis=vectors.axes))
-    np.testing.assert_allclose(row.norms, wanted.reshape(-1), rtol=1e-14)
+    np.testing.assert_allclose(row.norms, wanted.reshape(-1), rtol=1e-13)
     assert row.violations == np.sum(wanted > 1)
 
 

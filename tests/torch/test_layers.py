@@ -635,6 +635,9 @@ def test_hyperball_of_a_module_leaves_gains_and_biases_to_the_inner_optimizer():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([3, 4]))
     optimizer = hyperball(torch.optim.Adam)(net, lr=0.1)
     assert [name for name, own in optimizer.constraints().items() if own is not None] == ["0.weight"]
+    by_rule = hyperball(torch.optim.Adam)(net, lr=0.1, constraint={"*": Sphere("initial", axis="matrix")})
+    assert by_rule.constraints().keys() == optimizer.constraints().keys()
+    assert [name for name, own in by_rule.constraints().items() if own is not None] == ["0.weight"]
     before = net[0].weight.detach().norm()
     steps(net, optimizer)
     assert float(net[0].weight.detach().norm()) == pytest.approx(float(before), rel=1e-6)
