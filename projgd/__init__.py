@@ -9,10 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from projgd.axes import Split, Stacked
+from projgd.combined import Around, Intersection
 from projgd.config import from_config
-from projgd.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNegative, Sphere, UnitNorm
+from projgd.constraints import Constraint, MaxNorm, MinMaxNorm, RelativeMaxNorm, Sphere, UnitNorm
+from projgd.entries import Box, KeepSign, KeepZeros, NonNegative, NonPositive, RelativeBox, WeightClip
 from projgd.joint import ProductMaxNorm, QKClip, TreeBall
+from projgd.planes import AffineSet, BoxSection, HalfSpace, Hyperplane
 from projgd.report import report
+from projgd.simplices import GroupL1Ball, L1Ball, L1Sphere, Simplex, SparseSimplex, TopK
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 if TYPE_CHECKING:
@@ -29,26 +33,44 @@ _LAZY = {
 }
 
 __all__ = [
+    "AffineSet",
+    "Around",
     "Box",
+    "BoxSection",
     "Constraint",
+    "GroupL1Ball",
+    "HalfSpace",
+    "Hyperplane",
+    "Intersection",
+    "KeepSign",
+    "KeepZeros",
+    "L1Ball",
+    "L1Sphere",
     "MaxNorm",
     "MaxUpdate",
     "MinMaxNorm",
     "NonNegative",
+    "NonPositive",
     "ProductMaxNorm",
     "ProjectedAdam",
     "ProjectedAdamW",
     "ProjectedSGD",
     "QKClip",
     "RadialBrake",
+    "RelativeBox",
+    "RelativeMaxNorm",
     "RelativeUpdate",
+    "Simplex",
+    "SparseSimplex",
     "Sphere",
     "Split",
     "Stacked",
     "TangentUpdate",
+    "TopK",
     "TreeBall",
     "UnitNorm",
     "Update",
+    "WeightClip",
     "from_config",
     "maxnorm_projection",
     "report",

@@ -139,20 +139,69 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
         ValueError: a number that is too small for the arithmetic.
     """
     error, coarse = guard(kind, vectors), math.sqrt(vectors.length) * kind.tiny
+    c, down = _within(kind, c, error, coarse)
+    share = coarse / c if isinstance(c, float) else coarse / 1e-3 if kind is FLOATS["float16"] else 0.0
+    band = Band(0.0, c * (1 - error), 0.0, down)
+    return dataclasses.replace(band, filled=c * (1 - 4 * error), inner=c * (1 - 2.0**-12)) if share > COARSE else band
+
+
+def _within(kind: FloatType, c: Scalar, error: float, coarse: float) -> tuple[Scalar, Scalar]:
+    """Return a bound that can be held, and the norm to scale to, so that rounding does not exceed the bound.
+
+    Args:
+        kind: the stored dtype.
+        c: the bound.
+        error: the relative error of a computed norm.
+        coarse: the error of a norm by rounding entries near zero.
+
+    Raises:
+        ValueError: a number that is too small for the arithmetic.
+    """
     if isinstance(c, (int, float)):
         check_radius(c, kind)
         c = min(float(c), largest(kind))
-        down = max(c * (1 - 3 * error) - coarse, 0.0) / (1 + kind.unit)
-        is_coarse = coarse > COARSE * c
-    else:
-        xp: Any = array_namespace(c)
-        c = xp.astype(c, getattr(xp, kind.compute))
-        c = xp.where(c >= least_radius(kind), c, xp.full_like(c, math.nan))  # a bound that cannot be held must show
-        down = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
-        down = xp.where(down < 0, xp.zeros_like(down), down)
-        is_coarse = kind is FLOATS["float16"] and coarse > COARSE * 1e-3
-    band = Band(0.0, c * (1 - error), 0.0, down)
-    return dataclasses.replace(band, filled=c * (1 - 4 * error), inner=c * (1 - 2.0**-12)) if is_coarse else band
+        return c, max(c * (1 - 3 * error) - coarse, 0.0) / (1 + kind.unit)
+    xp: Any = array_namespace(c)
+    c = xp.astype(c, getattr(xp, kind.compute))
+    c = xp.where(c >= least_radius(kind), c, xp.full_like(c, math.nan))  # a bound that cannot be held must show
+    down = (c * (1 - 3 * error) - coarse) / (1 + kind.unit)
+    return c, xp.where(down < 0, xp.zeros_like(down), down)
+
+
+def l1_ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
+    """Return the band of Σ|w| <= c for stored vectors of dtype `kind`, as `ball_band` does for ‖w‖₂.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+        c: a number, or an array.
+
+    Returns:
+        The band.
+
+    Raises:
+        ValueError: a number that is too small for the arithmetic.
+    """
+    error = 2 * guard(kind, vectors)  # a square root halves the error of a sum
+    c, down = _within(kind, c, error, vectors.length * kind.tiny)
+    return Band(0.0, c * (1 - error), 0.0, down)
+
+
+def l1_sphere_band(kind: FloatType, vectors: Vectors, total: Scalar) -> Band:
+    """Return the band of Σ|w| = total, to rounding, so wide that no rounding leaves it.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+        total: a number, or an array.
+
+    Returns:
+        The band.
+    """
+    if isinstance(total, (int, float)):
+        check_radius(total, kind, "total")
+    width = (kind.unit + 6 * guard(kind, vectors)) * total + vectors.length * kind.tiny
+    return Band(total - width, total + width, total, total)
 
 
 def sphere_band(kind: FloatType, vectors: Vectors, radius: Scalar, moved: bool = False) -> Band:

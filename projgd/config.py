@@ -56,11 +56,22 @@ def from_config(config: dict[str, Any]) -> Any:
     known = {name: cls for name, cls in Configured.kinds.items() if not inspect.isabstract(cls)}
     if kind not in known:
         raise ValueError(f"config names the kind {kind!r}; known are {', '.join(sorted(known))}")
-    return known[kind](**fields)
+    return known[kind](**{k: _read(v) for k, v in fields.items()})
+
+
+def _read(value: Any) -> Any:
+    """Return a value in which every config is the object that it describes."""
+    if isinstance(value, dict) and "kind" in value:
+        return from_config(value)
+    return [_read(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
 
 
 def _plain(value: Any) -> Any:
     """Return a value as a plain JSON type."""
+    if isinstance(value, Configured):
+        return value.config()
+    if hasattr(value, "tolist"):  # `projgd.values.Values`
+        return value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,7 +1,8 @@
 """Define the sets that weights can be held in, as frozen dataclasses.
 
-A new set of norms is a dataclass here that returns its `band`. Any other set is a dataclass here and one function in
-`projgd.projections`. PyTorch and JAX then have the set, with every engine that suits it.
+A new set of norms is a dataclass here that returns its `band`. Any other set is a dataclass in
+`projgd.entries`, `projgd.simplices`, `projgd.planes` or `projgd.combined`, and a function in `projgd.projections`.
+PyTorch and JAX then have the set, with every engine that suits it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from array_api_compat import array_namespace, is_torch_array
 
@@ -36,6 +37,10 @@ class Constraint(Configured, ABC):
         moving_c: the bound that may change during training; None for a set without one.
         takes_initial: whether the set takes numbers from the initial weights.
         fixes_norm: whether all vectors in the set have the same norm.
+        is_convex: whether the set is convex; the nearest point is then the only one.
+        joins_vectors: whether a bound is for all vectors of a parameter together.
+        keeps_entries: whether what the set takes from the initial weights has one number per entry.
+        arrays: the names of the hyperparameters that may be arrays, which broadcast against a parameter.
 
     >>> import numpy as np
     >>> w = np.asarray([[3.0, 0.3], [4.0, 0.4]])
@@ -45,6 +50,8 @@ class Constraint(Configured, ABC):
     >>> constraint.violation(constraint.project(w))
     array([0., 0.])
     """
+
+    arrays: ClassVar[tuple[str, ...]] = ()
 
     @property
     def axis(self) -> Axis:
@@ -64,6 +71,21 @@ class Constraint(Configured, ABC):
     @property
     def fixes_norm(self) -> bool:
         """Return whether all vectors in the set have one norm, so that weight decay cannot change it."""
+        return False
+
+    @property
+    def is_convex(self) -> bool:
+        """Return whether the set is convex; the nearest point is then the only one."""
+        return True
+
+    @property
+    def keeps_entries(self) -> bool:
+        """Return whether what `initial` returns has one number per entry, and not one per vector."""
+        return False
+
+    @property
+    def joins_vectors(self) -> bool:
+        """Return whether a bound is for all vectors of a parameter together, so that a sharded one cannot have it."""
         return False
 
     @abstractmethod
@@ -177,7 +199,7 @@ class Constraint(Configured, ABC):
             raise ValueError(f'metric={metric!r} is not known: pass "euclidean" or "adaptive"')
 
     def rounding_interval(
-        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
+        self, q: Array, p: Array, axes: tuple[int, ...], norm: Callable[[Array], Array], xp: ModuleType
     ) -> tuple[Array | float, Array | float]:
         """Return between which two values rounding may move each entry of a projected point.
 
@@ -188,6 +210,7 @@ class Constraint(Configured, ABC):
         Args:
             q: the projected point.
             p: the weights that it is reached from, of the shape of `q`.
+            axes: the non-negative axes that make one vector.
             norm: returns the norm of every vector of a float32 or float64 array of the shape of `q`, with size 1 along
                 the axes of a vector, or broadcast.
             xp: the array namespace of both.
@@ -202,13 +225,40 @@ class Constraint(Configured, ABC):
 
         >>> import numpy as np
         >>> q = np.asarray([[0.6], [-0.8]])
-        >>> [interval.ravel().tolist() for interval in MaxNorm(1.0).rounding_interval(q, q, np.linalg.norm, np)]
+        >>> [interval.ravel().tolist() for interval in MaxNorm(1.0).rounding_interval(q, q, (0,), np.linalg.norm, np)]
         [[-0.6, -0.8], [0.6, 0.8]]
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not say where its points may be rounded to, which a chain of optax has to "
             "know. Give it a method rounding_interval, or use projgd.optax.apply_updates in place of a projection"
         )
+
+    def fit(self, kind: FloatType, vectors: Vectors, name: str) -> None:
+        """Raise an error that names a parameter if the set does not fit it.
+
+        Args:
+            kind: the dtype of the parameter.
+            vectors: the shape of the parameter, and the axes that make one vector.
+            name: its name.
+
+        Raises:
+            ValueError: a bound that is too small for the dtype, an array that does not broadcast, too few entries.
+
+        >>> from projgd.sums import FLOATS
+        >>> MaxNorm(1.0).fit(FLOATS["float32"], Vectors((4, 3), (1,)), "hidden")
+        """
+        if not self.takes_initial:
+            self.band(kind, vectors)
+
+    def beside(self, fan_in: int) -> Constraint | None:
+        """Return the set for the bias of a layer with this fan-in; None, the default, leaves the bias free.
+
+        Args:
+            fan_in: the number of weights that enter one neuron of the layer.
+
+        >>> MaxNorm(1.0).beside(fan_in=64)
+        """
+        return None
 
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         """Return what the set takes from the initial weights; None if it takes nothing.
@@ -222,10 +272,10 @@ class Constraint(Configured, ABC):
             xp: the array namespace of `x`; default None, which looks it up.
 
         Returns:
-            One number per vector, with size 1 along `axes`; or None.
+            An array with one number per vector, of size 1 along `axes`, or with one per entry; or None.
 
         Raises:
-            ValueError: a vector whose norm is zero or not finite.
+            ValueError: weights that the set can take nothing from, such as a vector whose norm is zero.
 
         >>> import numpy as np
         >>> Sphere("initial").initial(np.asarray([[3.0, 4.0]]), (1,), "hidden")
@@ -237,7 +287,7 @@ class Constraint(Configured, ABC):
         """Return this set with the numbers that `initial` returned.
 
         Args:
-            initial: one number per vector, with size 1 along the axes of a vector.
+            initial: what `initial` returned.
 
         Returns:
             The set, for arrays with these vectors only.
@@ -429,7 +479,7 @@ class NormSet(Constraint):
         return metrics.project_band(x, metric, band, axes, xp, repeat)
 
     def rounding_interval(
-        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
+        self, q: Array, p: Array, axes: tuple[int, ...], norm: Callable[[Array], Array], xp: ModuleType
     ) -> tuple[Array | float, Array | float]:
         """Return the interval: towards 0 in a ball, to both sides on a sphere, inwards in a shell.
 
@@ -499,6 +549,84 @@ class MaxNorm(NormSet):
     def edges(self) -> tuple[Scalar, Scalar]:
         return 0.0, self.c
 
+    @staticmethod
+    def relative(c: Scalar, axis: Axis = "fan_in", per: Literal["vector", "tensor"] = "vector") -> RelativeMaxNorm:
+        """Return the set in which no vector is longer than a multiple of its initial norm.
+
+        Args:
+            c: the multiple, a positive number.
+            axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`.
+            per: whether every vector has its own initial norm (the default), or the whole tensor one.
+
+        Returns:
+            The set.
+
+        Raises:
+            TypeError, ValueError: as `RelativeMaxNorm`.
+
+        >>> MaxNorm.relative(2.0)
+        RelativeMaxNorm(c=2.0, axis='fan_in', per='vector')
+        """
+        return RelativeMaxNorm(c, axis, per)
+
+
+@dataclass(frozen=True)
+class RelativeMaxNorm(MaxNorm):
+    """Hold the norm of every vector at most at a multiple of its initial norm: ‖w‖₂ ≤ c · ‖w₀‖₂.
+
+    Make it with `MaxNorm.relative`. One multiple fits all layers of a network whose initial norms differ. The optimizer
+    takes the norms once and keeps them in its state.
+
+    Attributes:
+        c: the multiple, a positive number.
+        axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`, the weights that enter one neuron.
+        per: `"vector"`, the default: every vector has its own initial norm; `"tensor"`: all vectors of a tensor have
+            the root of the mean square of their initial norms.
+
+    Raises:
+        TypeError: a `c` that is not a number, or an `axis` that is not an axis.
+        ValueError: a `c` that is not positive and finite, or another word as `per`.
+
+    >>> import numpy as np
+    >>> RelativeMaxNorm(2.0).bind(np.asarray([[0.5]])).onto(np.asarray([[3.0, 4.0]]), (1,)).round(3)
+    array([[0.6, 0.8]])
+    """
+
+    per: Literal["vector", "tensor"] = "vector"
+    norms: Array | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_per(self.per)
+
+    @property
+    def takes_initial(self) -> bool:
+        return True
+
+    def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
+        xp = xp or array_namespace(x)
+        why = f"{self} takes a multiple of its initial norm"
+        if self.per == "vector":
+            return norms_of(x, axes, name, why, xp)
+        everything = tuple(range(len(x.shape)))
+        whole = norms_of(x, everything, name, why, xp)
+        count = math.prod(x.shape) // max(1, Vectors(tuple(x.shape), axes).length)
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return xp.broadcast_to(whole / math.sqrt(max(count, 1)), shape) + xp.zeros(shape, dtype=whole.dtype)
+
+    def bind(self, initial: Array) -> RelativeMaxNorm:
+        bound = copy.copy(self)
+        object.__setattr__(bound, "norms", initial)
+        return bound
+
+    def band(self, kind: FloatType, vectors: Vectors, moved: bool = False) -> Band:
+        return bands.ball_band(kind, vectors, self.edges()[1])
+
+    def edges(self) -> tuple[Scalar, Scalar]:
+        if self.norms is None:
+            raise ValueError(f"{self} has no bound outside an optimizer, which takes it from the weights at the start")
+        return 0.0, self.norms * self.c
+
 
 @dataclass(frozen=True)
 class MinMaxNorm(NormSet):
@@ -546,6 +674,10 @@ class MinMaxNorm(NormSet):
 
     def edges(self) -> tuple[Scalar, Scalar]:
         return self.low, self.high
+
+    @property
+    def is_convex(self) -> bool:
+        return self.low == 0
 
 
 @dataclass(frozen=True)
@@ -597,6 +729,10 @@ class Sphere(NormSet):
     def fixes_norm(self) -> bool:
         return True
 
+    @property
+    def is_convex(self) -> bool:
+        return False
+
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array | None:
         return norms_of(x, axes, name, f"{self} keeps the initial norm", xp) if self.takes_initial else None
 
@@ -635,85 +771,20 @@ class UnitNorm(Sphere):
 
 
 @dataclass(frozen=True)
-class NonNegative(Constraint):
-    """Hold every entry at 0 or above: w ← max(w, 0).
+class VectorSet(Constraint):
+    """Describe a set of vectors that is no set of norms. A subclass has an `axis`."""
 
-    Attributes:
-        axis: always `"entries"`: each entry is bounded on its own.
-
-    >>> import numpy as np
-    >>> NonNegative().project(np.asarray([[-1.0, 2.0]]))
-    array([[0., 2.]])
-
-    References:
-        F. Chollet and others, *Keras 3*, 2023, `keras.constraints.NonNeg`.
-    """
-
-    def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        return projections.project_nonnegative(x, xp)
-
-    def rounding_interval(
-        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
-    ) -> tuple[float, float]:
-        return 0.0, float_type(q).largest
+    def check_metric(self, metric: Any) -> None:
+        super().check_metric(metric)
+        if metric != "euclidean":
+            raise ValueError(f'{self} is projected in the Euclidean metric only: pass metric="euclidean"')
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
+        """Return the distance of every vector to its projection; NaN or infinity where the vector holds one."""
         xp = xp or array_namespace(x)
-        return xp.where(x < 0, -x, xp.where(xp.isnan(x), x, xp.zeros_like(x)))
-
-
-@dataclass(frozen=True)
-class Box(Constraint):
-    """Hold every entry between `low` and `high`: w ← min(max(w, low), high).
-
-    A bound that the dtype of the weights has is in the set. Another bound is rounded into the set, so in bfloat16 the
-    entries of `Box(0.1, 1.0)` end between 0.10009765625 and 1. Below the smallest normal number only 0 counts as a
-    number of float32, bfloat16 and float64, because XLA reads the subnormal ones as 0.
-
-    Attributes:
-        low: the smallest value of an entry, finite.
-        high: the largest value of an entry, finite and above `low`.
-        axis: always `"entries"`: each entry is bounded on its own.
-
-    Raises:
-        TypeError: a bound that is not one number.
-        ValueError: bounds that are not finite, or a `low` that is not below `high`.
-
-    >>> import numpy as np
-    >>> Box(-0.5, 0.5).project(np.asarray([[1.0, 0.25]]))
-    array([[0.5 , 0.25]])
-
-    References:
-        M. Arjovsky, S. Chintala, L. Bottou, *Wasserstein GAN*, 2017, arXiv 1701.07875, algorithm 1 (weight clipping).
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        for name, value in (("low", self.low), ("high", self.high)):
-            if not (isinstance(value, (int, float)) or getattr(value, "shape", None) == ()):
-                raise TypeError(f"{name}={value!r} is not a number: pass one for all entries, such as Box(-0.5, 0.5)")
-            object.__setattr__(self, name, float(value))
-        if not -math.inf < self.low < self.high < math.inf:
-            one_sided = "; for a lower bound of 0 alone pass NonNegative()" if math.inf in (self.low, self.high) else ""
-            said = f"low={self.low} and high={self.high}"
-            raise ValueError(f"{said} must be finite, and low below high, as in Box(-0.5, 0.5){one_sided}")
-
-    def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        return projections.project_box(x, self.low, self.high, xp)
-
-    def rounding_interval(
-        self, q: Array, p: Array, norm: Callable[[Array], Array], xp: ModuleType
-    ) -> tuple[float, float]:
-        return projections.box_ends(float_type(q), self.low, self.high)
-
-    def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
-        xp = xp or array_namespace(x)
-        # As the dtype has the bounds: a comparison with a Python number would round it, to the outside too.
-        least, most = (xp.full_like(x, end) for end in projections.box_ends(float_type(x), self.low, self.high))
-        within = xp.where(xp.isnan(x), x, xp.zeros_like(x))
-        return xp.where(x < least, least - x, xp.where(x > most, x - most, within))
+        wide = getattr(xp, float_type(x).compute)
+        half = xp.astype(x, wide) / 2 - xp.astype(self.onto(x, axes, xp), wide) / 2  # so that nothing overflows
+        return norm(xp.where(xp.isfinite(x), half, xp.astype(x, wide)), axes, xp) * 2
 
 
 def number(name: str, value: Scalar) -> Scalar:
@@ -767,6 +838,12 @@ def positive(name: str, value: Scalar) -> Scalar:
         or_none = "; pass None for no bound" if name == "c" else ""
         raise ValueError(f"{name}={read} must be positive and finite, such as {name}=4.0{or_none}")
     return read
+
+
+def check_per(per: Any) -> None:
+    """Raise ValueError for another word than `"vector"` and `"tensor"`."""
+    if per not in ("vector", "tensor"):
+        raise ValueError(f'per={per!r} is not known: pass "vector" or "tensor"')
 
 
 def _is_bool_array(value: Any) -> bool:

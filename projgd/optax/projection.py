@@ -16,7 +16,7 @@ from projgd.joint import Joint, JointSet
 from projgd.optax import tree
 from projgd.optax.joint import project_jointly
 from projgd.optax.tree import Constraints, LeafConstraint, Schedule, SplitOver, Transformation, is_absent
-from projgd.optax.xla import Turns, add_update, project_leaf, reach, round_to_dtype, store_update
+from projgd.optax.xla import Turns, add_update, project_leaf, reach, round_to_dtype, run_if, store_update
 
 
 @jax.tree_util.register_static
@@ -96,7 +96,9 @@ def maxnorm_projection(
     return projection(at(positive("c", c)), split_over)
 
 
-def projection(constraint: Constraints | Schedule, split_over: SplitOver | None = None) -> Transformation:
+def projection(
+    constraint: Constraints | Schedule, split_over: SplitOver | None = None, every: int = 1
+) -> Transformation:
     """Change an update so that the weights are in the set after `optax.apply_updates`. Put it last in the chain.
 
     Args:
@@ -106,13 +108,15 @@ def projection(constraint: Constraints | Schedule, split_over: SplitOver | None 
             function `declared`, for what the model declares itself.
         split_over: only inside `jax.shard_map`: `{pattern: mesh axis}` for the parameters whose vectors are split over
             devices. With `jit` and `NamedSharding` there is nothing to say.
+        every: project at every so many updates; default 1. Between projections the weights may leave the set.
 
     Returns:
         An optax transformation with a `ProjectionState`. Its `update` needs the parameters.
 
     Raises:
         TypeError: no constraint; at `init`, a constrained leaf with an integer or complex dtype.
-        ValueError: at `init`, a rule that matches nothing, a tree of another structure, an axis out of range.
+        ValueError: an `every` below 1; at `init`, a rule that matches nothing, a tree of another structure, an axis out
+            of range, a set that does not fit a parameter.
 
     >>> import jax.numpy as jnp, optax
     >>> from projgd import MaxNorm, NonNegative
@@ -124,21 +128,24 @@ def projection(constraint: Constraints | Schedule, split_over: SplitOver | None 
     >>> tx = projection(lambda step: MaxNorm(jnp.minimum(1.0 + 0.01 * step, 4.0)))
     """
 
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} is not a number of updates: pass 1 to project at each, 10 at each tenth")
+
     def move(updates: Any, params: Any, leaves: list[LeafConstraint | None], **extra: Any) -> Any:
         turns = Turns()
         return tree.map_leaves(lambda u, p, leaf: project_update(u, p, leaf, turns.project), updates, params, leaves)
 
-    return make_projection(move, constraint, split_over)
+    return make_projection(move, constraint, split_over, every)
 
 
 def make_projection(
-    move: Callable[..., Any], constraint: Constraints | Schedule, split_over: SplitOver | None = None
+    move: Callable[..., Any], constraint: Constraints | Schedule, split_over: SplitOver | None = None, every: int = 1
 ) -> Transformation:
     """Return a transformation that changes updates by move(updates, params, leaves, **extra arguments of `update`).
 
     Args:
         move: what changes a tree of updates; `leaves` are the constraints at this step, see `resolve_at`.
-        constraint, split_over: as in `projection`.
+        constraint, split_over, every: as in `projection`.
     """
     if not tree.is_schedule(constraint):
         tree.check_constraints(constraint)
@@ -156,14 +163,21 @@ def make_projection(
         initial = [_take_initial(leaf, p) for p, leaf in zip(arrays, leaves, strict=True)]
         for p, leaf in zip(arrays, leaves, strict=True):
             if leaf and type(leaf.constraint).rounding_interval is Constraint.rounding_interval:
-                leaf.constraint.rounding_interval(p, p, jnp.linalg.norm, jnp)  # raises the error, before any update
+                leaf.constraint.rounding_interval(
+                    p, p, leaf.vectors.axes, jnp.linalg.norm, jnp
+                )  # raises the error, before any update
         taken = any(numbers is not None for numbers in initial)
         return state._replace(initial=tree.find_structure(params).unflatten(initial) if taken else None)
 
     def update(updates: Any, state: ProjectionState, params: Any = None, **extra: Any) -> tuple[Any, ProjectionState]:
         if params is None:
             raise ValueError("a projection needs the parameters: call tx.update(grads, state, params)")
-        updates = move(updates, params, resolve_at(constraint, params, state, split_over), **extra)
+        leaves = resolve_at(constraint, params, state, split_over)
+        if every == 1:
+            updates = move(updates, params, leaves, **extra)
+        else:
+            due = (state.count + 1) % every == 0
+            updates = run_if(due, lambda u: move(u, params, leaves, **extra), updates)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
     return Transformation(init, update)

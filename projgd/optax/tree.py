@@ -65,11 +65,13 @@ class Layout:
         ndim: the number of axes of one layer, at the end; the axes before them tell stacked layers apart. None where
             nothing tells it.
         guess: the layout in which the parameter is read if nothing in the tree tells it; otherwise None.
+        bias_of: for the bias of a layer with one kernel, the number of weights that enter one of its neurons; else 0.
     """
 
     fan_in: FanIn
     ndim: int | None = None
     guess: axes.Layout | None = None
+    bias_of: int = 0
 
 
 @dataclass(frozen=True)
@@ -254,11 +256,16 @@ def resolve_leaf(leaf: Leaf | None, constraint: Constraint | Update | None) -> L
         return None
     axis = constraint.axis_beside(None) if isinstance(constraint, Update) else constraint.axis
     vectors = leaf.vectors(axis)
+    if vectors is None and isinstance(constraint, Constraint) and leaf.layout.bias_of:
+        constraint = constraint.beside(leaf.layout.bias_of)
+        vectors = None if constraint is None else leaf.vectors(constraint.axis)
     if vectors is None:
         return None
     if leaf.layout.guess and axis in ("fan_in", "matrix"):
         _warn_of_guess(leaf, axis)
-    float_type(jax.eval_shape(jnp.asarray, leaf.array), leaf.name)  # a number has no dtype, a shape is no array
+    kind = float_type(jax.eval_shape(jnp.asarray, leaf.array), leaf.name)  # a number has no dtype, a shape is no array
+    if isinstance(constraint, Constraint) and 0 not in vectors.shape:
+        constraint.fit(kind, vectors, leaf.name)
     return LeafConstraint(leaf.name, constraint, vectors)
 
 
@@ -379,9 +386,21 @@ def _leaf(params: Any, path: tuple[Any, ...], array: Any) -> Leaf:
     if not trained:
         return Leaf("/".join(names), array, Layout(None, 1))
     layout = _layout(nodes, names, _shape(array))
+    if names and names[-1] in _BIASES:
+        layout = replace(layout, bias_of=_fan_in_beside(nodes, names))
     if layout.guess and box is not None:
         layout = _from_partition_names(boxed) or layout
     return Leaf("/".join(names), array, layout, _find_declared(nodes, names, boxed))
+
+
+def _fan_in_beside(nodes: list[Any], names: list[str]) -> int:
+    """Return how many weights enter one neuron of the layer that a bias belongs to; 0 if the tree does not tell it."""
+    kernels = {name: child for name, child in _children(nodes[-1]).items() if len(_shape(child)) > 1}
+    if len(kernels) != 1:
+        return 0
+    ((name, kernel),) = kernels.items()
+    vectors = Leaf(name, kernel, _layout(nodes, [*names[:-1], name], _shape(kernel))).vectors("fan_in")
+    return vectors.length if vectors else 0
 
 
 def _find_declared(nodes: list[Any], names: list[str], box: Any) -> tuple[Constraint | None, ...]:

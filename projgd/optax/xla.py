@@ -154,6 +154,14 @@ class Turns:
         return y
 
 
+def run_if(flag: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
+    """Return f(x) if a flag is true, and else x with the types of f(x)."""
+    if not isinstance(flag, jax.core.Tracer):  # a branch would be compiled at every call
+        return f(x) if flag else x
+    kinds = jax.eval_shape(f, x)
+    return jax.lax.cond(flag, f, lambda x: jax.tree.map(lambda a, kind: a.astype(kind.dtype), x, kinds), x)
+
+
 def reach(q: jax.Array, p: jax.Array, leaf: LeafConstraint, dtype: Any) -> jax.Array:
     """Return the update from p to q in a dtype, or to a point of the set near q where p + d cannot be q.
 
@@ -169,7 +177,7 @@ def reach(q: jax.Array, p: jax.Array, leaf: LeafConstraint, dtype: Any) -> jax.A
         return norms
 
     views = leaf.view(q), leaf.view(p)
-    ends = leaf.constraint.rounding_interval(*views, norm, jnp)
+    ends = leaf.constraint.rounding_interval(*views, leaf.vectors.axes, norm, jnp)
     least, most = (jnp.broadcast_to(jnp.asarray(x, q.dtype), views[0].shape).reshape(q.shape) for x in ends)
     return take_difference(q, p, least, most, dtype)
 

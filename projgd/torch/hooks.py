@@ -26,6 +26,7 @@ def project_after_step(
     model: torch.nn.Module | None = None,
     *,
     without_grad: bool = False,
+    every: int = 1,
 ) -> RemovableHandle:
     """Project after every step of an optimizer that exists already; `handle.remove()` ends that.
 
@@ -39,6 +40,7 @@ def project_after_step(
             optimizer that are not in it are free. Default None: the names are those that the optimizer was given
             (`model.named_parameters()`), and a weight is read as (out, in, *kernel).
         without_grad: whether parameters without a gradient are projected, too; default False.
+        every: project after every so many steps, counted from this call; default 1.
 
     Returns:
         A handle, whose `remove()` removes the hooks.
@@ -46,7 +48,8 @@ def project_after_step(
     Raises:
         TypeError: an object that is not an optimizer or not a constraint, or a parameter whose dtype has no projection.
         ValueError: a rule that matches or holds nothing, an axis that a parameter does not have, rules without names,
-            or `Sphere("initial")`, whose radii only a `Projected` optimizer can keep.
+            an `every` below 1, or a set that takes numbers from the initial weights, as `Sphere("initial")` does, which
+            only a `Projected` optimizer can keep.
 
     Warns:
         UserWarning: an optimizer with a `second_step`, as SAM has it, which may never call `step`.
@@ -71,7 +74,8 @@ def project_after_step(
             f"only step() of {type(optimizer).__name__} is followed by the projection, not second_step(): for the form "
             "in two steps pass the optimizer inside it, such as optimizer.base_optimizer"
         )
-    options = {"without_grad": without_grad}
+    settings.check_every(every)
+    options: dict[str, Any] = {"without_grad": without_grad, "every": every}
     chosen = _choose(optimizer, constraint, model, options)
     exempt: dict[torch.Tensor, Exception] = {}  # frozen parameters that cannot be projected, and why
     seen: list[list[int]] = []  # empty, so that the first step checks again: the model may be wrapped before it
@@ -92,6 +96,9 @@ def project_after_step(
         forget_written_tables()
 
     def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        settings.count_step([options])
+        if not settings.is_due(options):
+            return
         skip = getattr(optimizer, "found_inf", None)
         jobs = [Job(optimizer, type(optimizer), options, own, skip=skip, params=params) for own, params in parts]
         with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
@@ -176,7 +183,9 @@ def _check(
     for i, (group, constraints) in enumerate(zip(optimizer.param_groups, chosen, strict=True)):
         for (name, p), own in zip(settings.named_params(group, i).items(), constraints, strict=True):
             if own is not None and own.takes_initial:
-                raise ValueError(f"{own} keeps radii in the optimizer's state, where a hook has none: use projected(…)")
+                raise ValueError(
+                    f"{own} keeps numbers in the optimizer's state, where a hook has none: use projected(…)"
+                )
             try:
                 settings.check(own, {name: p})
                 held[name] = own is not None and own.resolve(tuple(p.shape), "out_first", name) is not None

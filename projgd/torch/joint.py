@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from projgd import rules
 from projgd.config import from_config
-from projgd.constraints import NonNegative
+from projgd.entries import NonNegative
 from projgd.joint import (
     Arithmetic,
     Joint,

@@ -15,14 +15,14 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from projgd import rules
-from projgd.axes import Split, Stacked
+from projgd.axes import Split, Stacked, resolve
 from projgd.constraints import Constraint, MaxNorm
 from projgd.rules import Rules
 from projgd.torch import settings
@@ -451,6 +451,17 @@ def _fan_in(use: _Use) -> tuple[int, ...] | Split | None:
     return fan_in(use.layer, use.own_name, ndim)
 
 
+def _fan_in_beside(use: _Use) -> int:
+    """Return how many weights enter one neuron of the layer that a bias belongs to; 0 for another parameter."""
+    name = use.own_name.replace("bias", "weight")
+    weight = getattr(use.layer, name, None)
+    if name == use.own_name or not isinstance(weight, Tensor):
+        return 0
+    axis = fan_in(use.layer, name, weight.ndim)
+    vectors = None if axis is None else resolve(axis, tuple(weight.shape), "out_first", use.name)
+    return vectors.length if vectors else 0
+
+
 def _is_gain(module: ParametrizationList, own_name: str) -> bool:
     """Return whether a parametrized tensor is weight_norm's g, which holds the norms of the weight's rows."""
     made_by = module[0]
@@ -465,7 +476,7 @@ def _assign(
     A rule that matches a parameter wins over what is declared on it; what is declared wins over a constraint for all.
     """
     if constraint is None or isinstance(constraint, Constraint):
-        holds_all = constraint is not None and constraint.axis == "entries"
+        holds_all = constraint is not None and (constraint.axis == "entries" or constraint.beside(1) is not None)
         return {
             name: constraint if holds_all or any(_fan_in(p) is not None for p in here) else None
             for name, here in uses.items()
@@ -499,7 +510,8 @@ def _with_axis(own: Constraint | None, uses: list[_Use]) -> Constraint | None:
         )
     (axis,) = found
     if axis is None:
-        return None
+        fan_ins = {_fan_in_beside(p) for p in uses}
+        return own.beside(fan_ins.pop()) if len(fan_ins) == 1 and 0 not in fan_ins else None
     if axis == tuple(range(1, uses[0].param.ndim)):
         return own  # layers of all ranks then share one group
     return own.replace(axis=axis)

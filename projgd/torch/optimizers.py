@@ -36,7 +36,7 @@ UNSET: Literal["unset"] = "unset"
 """The default of `c=`, for which None says that there is no bound. Tools that read signatures pass it as it stands."""
 
 _DEFAULTS: dict[str, Any] = dict.fromkeys(settings.KEYS[1:])
-_DEFAULTS |= {"axis": "fan_in", "metric": "euclidean", "without_grad": False}
+_DEFAULTS |= {"axis": "fan_in", "metric": "euclidean", "without_grad": False, "every": 1}
 
 _made: dict[type[Optimizer], type[Projected]] = {}
 
@@ -64,6 +64,7 @@ class Projected(JointSets, Optimizer):
         metric: `"euclidean"`, the default, projects in the plain norm; `"adaptive"` in the norm Σ D_i w_i² of the
             diagonal D that the optimizer divides its step by.
         without_grad: whether parameters without a gradient are projected, too; default False.
+        every: project after every so many steps; default 1. Between projections the weights may leave the set.
         engine: the name of the engine to use, see `routes`; default None, the best one. This is not a group's setting.
         joint: sets over several tensors, such as `[ProductMaxNorm(1.5).over(A, B)]`, with names or tensors; they are
             applied after the others. Default none. This is not a group's setting.
@@ -115,11 +116,12 @@ class Projected(JointSets, Optimizer):
         gradient: Literal["tangent"] | None = None,
         metric: Literal["euclidean", "adaptive"] = "euclidean",
         without_grad: bool = False,
+        every: int = 1,
         engine: str | None = None,
         joint: Iterable[Any] = (),
         **kwargs: Any,
     ) -> None:
-        given = zip(_DEFAULTS, (axis, constraint, update, gradient, metric, without_grad), strict=True)
+        given = zip(_DEFAULTS, (axis, constraint, update, gradient, metric, without_grad, every), strict=True)
         own: dict[str, Any] = {k: v for k, v in given if type(v) is not type(_DEFAULTS[k]) or v != _DEFAULTS[k]}
         if not (isinstance(c, str) and c == UNSET):
             own["c"] = c
@@ -150,7 +152,7 @@ class Projected(JointSets, Optimizer):
 
         Args:
             param_group: a dict with `params`, and any of the optimizer's options, `c`, `axis`, `constraint`, `update`,
-                `gradient`, `metric` and `without_grad`.
+                `gradient`, `metric`, `without_grad` and `every`.
 
         Raises:
             TypeError, ValueError: a setting that `projgd` or the optimizer cannot apply, or an unknown key with nearly
@@ -201,6 +203,7 @@ class Projected(JointSets, Optimizer):
         """
         self._adopt_changes()
         self._opt_called = True  # see `methods.MARK`
+        settings.count_step(self.param_groups)
         compiled = torch.compiler.is_compiling()
         may_step = not (args or kwargs or compiled) and routing.may_step(self.inner, self.param_groups)
         if not compiled:  # sparse gradients do not occur in a compiled graph
@@ -319,15 +322,16 @@ class Projected(JointSets, Optimizer):
         self._has_projected, self._moved_by = True, None
 
     def _routes(self, kept: Mapping[Tensor, dict[str, Any]], may_step: bool) -> list[tuple[Job, routing.Route]]:
-        jobs = self._jobs(kept, compiled := torch.compiler.is_compiling())
+        jobs = self._jobs(kept, compiled := torch.compiler.is_compiling(), is_step=True)
         if compiled:
             return [(job, route) for job in jobs for route in routing.make_routes(job, may_step)]
         return self._router.routes(jobs, may_step)
 
-    def _jobs(self, kept: Mapping[Tensor, dict[str, Any]], compiled: bool) -> list[Job]:
+    def _jobs(self, kept: Mapping[Tensor, dict[str, Any]], compiled: bool, is_step: bool = False) -> list[Job]:
         radii, skip, jobs = self._all_radii(), getattr(self, "found_inf", None), []
         for group, seen in zip(self.param_groups, self._seen, strict=True):
             own = settings.constraint_of(group) if compiled else seen.constraint
+            own = own if not is_step or settings.is_due(group) else None
             metric, params = metrics.after_step(self, self.inner, group, kept), group["params"]
             jobs.append(Job(self, self.inner, group, own, metric, radii, skip, self._engine, compiled, params))
         return jobs
@@ -562,7 +566,7 @@ def projected(cls: type[Optimizer]) -> type[Projected]:
 
     Raises:
         TypeError: an object that is not an optimizer class, or a class with an option of its own named `c`, `axis`,
-            `constraint`, `update`, `gradient`, `metric`, `without_grad`, `engine` or `joint`.
+            `constraint`, `update`, `gradient`, `metric`, `without_grad`, `every`, `engine` or `joint`.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)

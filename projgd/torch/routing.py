@@ -27,6 +27,7 @@ from projgd.torch.engines.base import (
     is_alike,
     reason_of_states,
 )
+from projgd.torch.engines.clamp import Clamp
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -37,7 +38,7 @@ from projgd.torch.engines.triton import Triton
 from projgd.torch.settings import constraint_of, named_params
 from projgd.torch.shaping import KEY, take_initial
 
-WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
+WITHIN: tuple[Engine, ...] = (Clamp(), Diagonal(), Eager(), Reference())
 """The engines that take any tensor: a parameter, some of its rows, or the part that one rank holds."""
 
 ENGINES: tuple[Engine, ...] = (Cpu(), Triton(), Graph(), Rows(WITHIN), Ranks(WITHIN), *WITHIN)
@@ -336,7 +337,7 @@ class Router:
     """Keep the routes of the last step, and make new ones if settings, tensors or memory have changed."""
 
     def __init__(self) -> None:
-        self._known: dict[int, _KnownRoutes] = {}
+        self._known: dict[tuple[int, bool], _KnownRoutes] = {}
         self._shared: frozenset[int] = frozenset()
 
     def clear(self) -> None:
@@ -353,13 +354,18 @@ class Router:
         Returns:
             Pairs of a job and a route.
         """
-        stale = [i for i, job in enumerate(jobs) if i not in self._known or not self._known[i].is_valid(job, may_step)]
+        keys = [(i, job.constraint is None) for i, job in enumerate(jobs)]  # a group with `every` has routes for both
+        stale = [
+            i
+            for i, job in enumerate(jobs)
+            if (k := keys[i]) not in self._known or not self._known[k].is_valid(job, may_step)
+        ]
         if stale:
             marked = mark_shared(jobs)
             if marked[0].shared != self._shared:
                 self._shared, stale = marked[0].shared, list(range(len(jobs)))
-            self._known |= {i: _KnownRoutes.of(marked[i], may_step) for i in stale}
-        return [(job, route) for i, job in enumerate(jobs) for route in self._known[i].routes]
+            self._known |= {keys[i]: _KnownRoutes.of(marked[i], may_step) for i in stale}
+        return [(job, route) for k, job in zip(keys, jobs, strict=True) for route in self._known[k].routes]
 
 
 @dataclass(frozen=True)

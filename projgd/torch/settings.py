@@ -1,9 +1,9 @@
 """Read what a param group says about its projection.
 
-The keys are `c`, `axis`, `constraint`, `update`, `gradient`, `metric`, and `without_grad`, whether parameters without a
-gradient are projected, too. `c` (with `axis`) is the short form of `constraint=MaxNorm(c, axis)`. `c` stays in the
-group as a number that may change during training, like `lr`. If `constraint` is given and has a `c`, that one is in the
-group.
+The keys are `c`, `axis`, `constraint`, `update`, `gradient`, `metric`, `without_grad`, whether parameters without a
+gradient are projected, too, and `every`, after how many steps the projection follows. `c` (with `axis`) is the short
+form of `constraint=MaxNorm(c, axis)`. `c` stays in the group as a number that may change during training, like `lr`. If
+`constraint` is given and has a `c`, that one is in the group.
 
 `c=4` is not stored as a constraint: `constraint_of` makes the `MaxNorm`, and a `Snapshot` keeps it.
 """
@@ -33,7 +33,7 @@ from projgd.updates import Update
 LONG_KERNEL = 32
 """A tensor of three axes whose last two are this long is more likely a stack of matrices than a convolution."""
 
-KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad")
+KEYS = ("c", "axis", "constraint", "update", "gradient", "metric", "without_grad", "every")
 
 OPTIONS = ("fused", "differentiable", "capturable")
 """The options of torch.optim that decide, beside the settings, which engine takes a parameter."""
@@ -71,7 +71,40 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         raise ValueError(f'metric={settings["metric"]!r} is not known: pass "euclidean" or "adaptive"')
     if not isinstance(settings["without_grad"], bool):
         raise TypeError(f"without_grad={settings['without_grad']!r} is not known: pass True or False")
+    check_every(settings["every"])
     return settings
+
+
+def check_every(every: Any) -> None:
+    """Raise ValueError for what is no number of steps."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} is not a number of steps: pass 1 to project after each, 10 after each tenth")
+
+
+COUNT = "steps_since_projection"
+"""The key of a param group with `every` above 1 for the number of steps since its last projection."""
+
+
+def count_step(groups: Iterable[dict[str, Any]]) -> None:
+    """Count a step of the groups that are not projected after each one."""
+    for group in groups:
+        if group["every"] > 1:
+            _count(group)
+
+
+def is_due(group: Mapping[str, Any]) -> bool:
+    """Return whether a group is projected after the step that was counted last."""
+    return group["every"] == 1 or _is_due(group)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # a graph would be compiled anew for every count
+def _count(group: dict[str, Any]) -> None:
+    group[COUNT] = (group.get(COUNT, 0) + 1) % group["every"]
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _is_due(group: Mapping[str, Any]) -> bool:
+    return bool(group.get(COUNT, 0) == 0)
 
 
 def _merge(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +114,7 @@ def _merge(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, 
     if given.get("constraint") is not None and "axis" in given:
         raise ValueError(f"axis= goes with c=; here write the axis into the constraint: {given['constraint']}")
     settings: dict[str, Any] = {"update": None, "metric": "euclidean", "c": None, "constraint": None, "axis": "fan_in"}
-    settings |= {"gradient": None, "without_grad": False}
+    settings |= {"gradient": None, "without_grad": False, "every": 1}
     settings |= {k: inherited[k] for k in KEYS if k in inherited}
     if "c" in given or "constraint" in given:
         settings["c"], settings["constraint"] = given.get("c"), given.get("constraint")
@@ -93,7 +126,7 @@ def _merge(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, 
             settings["constraint"] = settings["constraint"].replace(axis=given["axis"])
     if ("c" in given or "constraint" in given) and settings["c"] is None and settings["constraint"] is None:
         settings |= {"update": None, "gradient": None}  # a freed group takes the inner optimizer's step
-    settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad") if k in given}
+    settings |= {k: given[k] for k in ("update", "gradient", "metric", "without_grad", "every") if k in given}
     return settings
 
 
@@ -303,8 +336,8 @@ def check(constraint: Constraint | None, params: Mapping[str, torch.Tensor], met
                 f"{name} is an expanded tensor (stride 0): its entries share memory; pass a .contiguous() one"
             )
         vectors = constraint.resolve(tuple(p.shape), "out_first", name)
-        if vectors is not None and not constraint.takes_initial:
-            constraint.band(kind, vectors)  # raises an error for a bound that is too small for the dtype
+        if vectors is not None and p.numel():
+            constraint.fit(kind, vectors, name)
         if ranks.is_dtensor(p):
             ranks.check_sharding(p, constraint, metric, name)
 

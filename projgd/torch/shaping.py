@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from projgd import axes, rules
 from projgd.axes import Axis, Vectors
-from projgd.constraints import Constraint, norms_of
+from projgd.constraints import Constraint, NormSet, norms_of
 from projgd.sums import Measures, float_type, measures_of, norm
 from projgd.torch import settings
 from projgd.torch.engines import eager, ranks
@@ -124,7 +124,7 @@ def take_initial(constraint: Constraint | None, named: Mapping[str, Tensor]) -> 
         One tensor for each parameter with vectors.
 
     Raises:
-        ValueError: a vector whose norm is zero or not finite.
+        ValueError: weights that the set can take nothing from, such as a vector whose norm is zero.
     """
     found: dict[Tensor, Tensor] = {}
     if constraint is None or not constraint.takes_initial:
@@ -132,7 +132,10 @@ def take_initial(constraint: Constraint | None, named: Mapping[str, Tensor]) -> 
     for name, p in named.items():
         vectors = constraint.resolve(tuple(p.shape), "out_first", name)
         if vectors is not None and has_numbers(p):
-            taken = constraint.initial(*_measurable(p, vectors, constraint.axis), name, xp)
+            if ranks.is_dtensor(p) and not isinstance(constraint, NormSet):
+                taken = ranks.take_initial(p, constraint, vectors, name)
+            else:
+                taken = constraint.initial(*_measurable(p, vectors, constraint.axis), name, xp)
             if taken is not None:
                 found[p] = taken
     return found
@@ -485,9 +488,11 @@ def check_saved(constraint: Constraint | None, p: Tensor, saved: Tensor, name: s
     vectors = None if constraint is None else constraint.resolve(tuple(p.shape), "out_first", name)
     if constraint is None or vectors is None or not constraint.takes_initial:
         return saved
-    kept = [1 if a in vectors.axes else n for a, n in enumerate(vectors.shape)]
+    per_entry = constraint.keeps_entries
+    kept = [1 if a in vectors.axes and not per_entry else n for a, n in enumerate(vectors.shape)]
     if saved.numel() != math.prod(kept):
-        raise ValueError(f"{name}: the state has {saved.numel()} radii for its {math.prod(kept)} vectors")
-    if not (saved.is_meta or bool((saved.isfinite() & (saved > 0)).all())):
+        counted = "entries" if per_entry else "vectors"
+        raise ValueError(f"{name}: the state has {saved.numel()} initial numbers for its {math.prod(kept)} {counted}")
+    if not (per_entry or saved.is_meta or bool((saved.isfinite() & (saved > 0)).all())):
         raise ValueError(f"{name}: the state has radii that are not positive and finite")
     return saved if ranks.is_dtensor(p) or ranks.is_dtensor(saved) else saved.reshape(kept)

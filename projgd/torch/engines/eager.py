@@ -237,9 +237,12 @@ def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
     bands = [band for p in params if (band := job.band(p)) is not None]
 
     def join(name: str) -> Tensor:
-        return torch.cat([torch.as_tensor(getattr(b, name), dtype=torch.float64).reshape(-1) for b in bands])
+        numbers = [(torch.as_tensor(getattr(b, name), dtype=torch.float64), torch.as_tensor(b.high)) for b in bands]
+        return torch.cat([n.expand(high.shape).reshape(-1) for n, high in numbers])
 
-    return dataclasses.replace(bands[0], low=join("low"), high=join("high"), up=join("up"), down=join("down"))
+    is_ball = isinstance(bands[0].low, float)
+    below = {} if is_ball else {"low": join("low"), "up": join("up")}
+    return dataclasses.replace(bands[0], high=join("high"), down=join("down"), **below)
 
 
 def _squares_fit(band: Band) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from projgd.axes import Vectors
 from projgd.config import from_config
-from projgd.constraints import Constraint
+from projgd.constraints import Constraint, NormSet
 from projgd.sums import FLOATS
 from projgd.torch.engines.base import PLAIN, Engine, Job
 
@@ -41,8 +41,7 @@ class Graph(Engine):
         if p.dtype == torch.float64 or job.skip is not None:
             return "it takes float32 and shorter types, without GradScaler"
         vectors = job.vectors(p)
-        moving = job.constraint is not None and job.constraint.moving_c is not None
-        if vectors is None or not vectors.axes or (not moving and job.band(p) is None):
+        if vectors is None or not vectors.axes or not isinstance(job.constraint, NormSet):
             return f"{job.constraint} is not a set of norms"
         return None
 

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from projgd.axes import Axis, Split, Vectors, resolve
 from projgd.bands import Band
-from projgd.constraints import Constraint
+from projgd.constraints import Constraint, NormSet
 from projgd.sums import tree_sum
 from projgd.torch.engines.base import Engine, Job, float_kind, project_with
 from projgd.torch.metrics import Pick
+from projgd.values import Values
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -58,15 +59,17 @@ class Ranks(Engine):
         whole: list[Tensor] = []
         for p in params:
             assert is_dtensor(p)
-            if p in job.radii or spread_over(p, job.constraint.axis):
+            if (p in job.radii and isinstance(job.constraint, NormSet)) or spread_over(p, job.constraint.axis):
                 # The parameter may have been sharded after the constructor's check.
                 refuse_spread(p, job.constraint, job.metric is not None, "a parameter")
                 part = part_of(p, job.constraint.axis)
                 spread.setdefault((p.device_mesh, part.over, p.dtype == torch.float64), []).append(part)
-            elif p.to_local().numel() and job.metric is None:
-                whole.append(p.to_local())
-            elif p.to_local().numel():
-                project_with(self._within, _for_shard(job, p), [p.to_local()])
+            elif (local := p.to_local()).numel() == 0:
+                continue
+            elif job.metric is None and p not in job.radii and not job.constraint.arrays:
+                whole.append(local)
+            else:
+                project_with(self._within, _for_shard(job, p, local), [local])
         project_with(self._within, job, whole)
         for parts in spread.values():
             _project(parts, job)
@@ -76,6 +79,8 @@ def check_sharding(p: DTensor, constraint: Constraint, metric: str, name: str) -
     """Raise ValueError for a DTensor to which this constraint cannot be applied."""
     if any(placement.is_partial() for placement in p.placements):
         raise ValueError(f"{name} is a DTensor with the placements {p.placements}: a sum that is not taken yet")
+    if constraint.joins_vectors and any(hasattr(placement, "dim") for placement in p.placements):
+        raise ValueError(f"{name} is sharded, and {constraint} has one bound for all of its vectors: leave it free")
     if spread_over(p, constraint.axis):
         refuse_spread(p, constraint, metric != "euclidean", name)
 
@@ -88,8 +93,7 @@ def refuse_spread(p: DTensor, constraint: Constraint, in_metric: bool, name: str
             f"{where}, where metric='adaptive' is not known: pass metric='euclidean', or shard another dimension"
         )
     vectors = constraint.resolve(tuple(p.shape), "out_first")
-    known = constraint.takes_initial or vectors is None or constraint.band(float_kind(p.dtype), vectors) is not None
-    if not known:
+    if vectors is not None and not isinstance(constraint, NormSet):
         raise ValueError(
             f"{where}, and {constraint} needs each of them whole: shard another dimension, or leave it free"
         )
@@ -236,10 +240,45 @@ def _band(part: Part, job: Job) -> Band:
     return band
 
 
-def _for_shard(job: Job, p: DTensor) -> Job:
-    """Return the job for the part of `p` that this rank holds, with the metric of this part."""
+def take_initial(p: DTensor, constraint: Constraint, vectors: Vectors, name: str) -> Tensor | None:
+    """Return what a set that is no set of norms takes from a sharded parameter, sharded likewise.
+
+    Raises:
+        ValueError: a set that needs whole vectors, which are spread over ranks.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if spread_over(p, constraint.axis):
+        refuse_spread(p, constraint, False, name)
+    taken = constraint.initial(p.detach().to_local(), vectors.axes, name, xp)
+    if taken is None:
+        return None
+    shape = [n if constraint.keeps_entries or a not in vectors.axes else 1 for a, n in enumerate(p.shape)]
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(taken, p.device_mesh, p.placements, shape=whole.shape, stride=whole.stride())
+
+
+def _constraint_of_shard(constraint: Constraint, p: DTensor) -> Constraint:
+    """Return a set whose arrays of numbers are cut to the part of `p` that this rank holds."""
+    changed = {}
+    for key in constraint.arrays:
+        if isinstance(values := getattr(constraint, key), Values):
+            x = torch.tensor(values.tolist(), dtype=torch.float64).reshape(values.shape)
+            for k, n in enumerate(values.shape):
+                if n > 1:
+                    x = x.index_select(k, _local_indices(p, p.ndim - x.ndim + k).flatten())
+            changed[key] = x
+    return dataclasses.replace(constraint, **changed) if changed else constraint
+
+
+def _for_shard(job: Job, p: DTensor, local: Tensor) -> Job:
+    """Return the job for the part of `p` that this rank holds, with the set and the metric of this part."""
+    assert job.constraint is not None
+    radii = {local: r.to_local() if is_dtensor(r) else r} if (r := job.radii.get(p)) is not None else {}
+    job = dataclasses.replace(job, constraint=_constraint_of_shard(job.constraint, p), radii=radii)
     metric = job.metric
-    assert metric is not None
+    if metric is None:
+        return job
 
     def of_shard(local: Tensor, pick: Pick | None = None) -> Tensor | None:
         diagonal = metric(p)

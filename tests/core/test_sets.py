@@ -1,0 +1,149 @@
+"""Every set: feasible, idempotent, nearest, not expansive; the same in all libraries; exact in all dtypes."""
+
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from projgd.axes import resolve
+from projgd.entries import EntrySet
+from tests.contract import NUMPY, bits
+from tests.core.arrays import by, to
+from tests.sets import SETS, SHAPE, bound, start
+
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+EVERY = pytest.mark.parametrize("name", SETS)
+POINTS = st.tuples(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 0.3, 1.0, 3.0, 100.0]))
+
+
+def weights(seed, size, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(SHAPE) * size
+    w[rng.random(SHAPE) < 0.1] = 0.0
+    if seed % 3 == 0:
+        w = np.round(w * 4) / 4  # equal entries
+    return w.astype(dtype)
+
+
+def near(name, point):
+    """Dykstra's algorithm takes the more sweeps the further away it begins."""
+    return (point[0], min(point[1], 1.0)) if "two axes" in name else point
+
+
+def ready(name, dtype=np.float64):
+    """The set for arrays of NumPy, and a function that projects onto it."""
+    set_ = SETS[name].make()
+    set_ = bound(set_, "numpy", start(dtype))
+    axes = resolve(set_.axis, SHAPE, "out_first").axes
+
+    def project(x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return set_.onto(x, axes)
+
+    return set_, axes, project
+
+
+@EVERY
+@given(point=POINTS)
+@settings(max_examples=30, deadline=None)
+def test_feasible_and_idempotent(name, point):
+    set_, axes, project = ready(name)
+    q = project(weights(*near(name, point)))
+    assert np.abs(set_.outside(q, axes)).max() <= 1e-5 * max(1, abs(q).max()) if "intersection" in name else 1e-13
+    assert (bits(project(q)) == bits(q)).all()
+
+
+@EVERY
+@given(point=POINTS, other=POINTS)
+@settings(max_examples=30, deadline=None)
+def test_nearest(name, point, other):
+    """⟨x - q, y - q⟩ ≤ 0 for every y in a convex set; no y is nearer in any set."""
+    set_, _, project = ready(name)
+    x, y = weights(*near(name, point)), project(weights(*near(name, other)))
+    q = project(x)
+    slack = 1e-4 if "intersection" in name else 1e-10
+    if not set_.is_convex and not (np.abs(x).sum(1).all() and np.abs(y).sum(1).all()):
+        return  # a zero vector has no direction, and stays
+    size = np.linalg.norm(x - q) * max(np.linalg.norm(y - q), 1)
+    if set_.is_convex:
+        assert np.sum((x - q) * (y - q)) <= slack * size
+    assert np.linalg.norm(x - q) <= np.linalg.norm(x - y) + slack * (1 + np.linalg.norm(x))
+
+
+@EVERY
+@given(point=POINTS, other=POINTS)
+@settings(max_examples=30, deadline=None)
+def test_no_expansion(name, point, other):
+    set_, _, project = ready(name)
+    if set_.is_convex:
+        x, y = weights(*near(name, point)), weights(*near(name, other))
+        slack = 1e-4 if "intersection" in name else 1e-10
+        assert np.linalg.norm(project(x) - project(y)) <= np.linalg.norm(x - y) * (1 + slack) + slack * abs(x).max()
+
+
+@EVERY
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_all_libraries_and_dtypes(name, library, dtype):
+    """The same point in every library; stored values are in the set, exactly where it says so; NaN and inf stay."""
+    kind, case = NUMPY[dtype], SETS[name]
+    _, axes, project = ready(name, kind)
+    x = np.concatenate(
+        [weights(s + 1, size, kind)[None] for s, size in enumerate([0.1, 1.0, 1.0 if "two axes" in name else 30.0])]
+    )
+    if library == "jax" and dtype == "float64":
+        return  # by float32
+    with jax.enable_x64(False):
+        set_ = bound(case.make(), library, to(library, start(kind)))
+        run = by(library, lambda w: set_.onto(w, axes), jitted=library == "jax")
+        for w in x:
+            q, wanted = run(w), project(w)
+            wide_q, wide = q.astype(np.float64), wanted.astype(np.float64)
+            loose = 1e-4 if "intersection" in name or "affine" in name else 1e-6 if dtype != "float64" else 1e-12
+            tolerance = max(4 * UNIT[dtype], loose)
+            np.testing.assert_allclose(wide_q, wide, rtol=tolerance, atol=tolerance * abs(w.astype(np.float64)).max())
+            if "intersection" not in name:
+                assert (bits(run(q)) == bits(q)).all(), "idempotent"
+            if case.exact:
+                exact = bound(case.make(), "numpy", start(kind).astype(np.float64))
+                distance = exact.outside(wide_q, axes)
+                limit = 0 if name != "relative max-norm of a tensor" else 1e-6
+                assert (distance <= limit).all(), distance.max()
+
+
+@EVERY
+def test_broken_vectors_stay(name):
+    set_, axes, project = ready(name)
+    w = weights(1, 3.0)
+    w[2, 1] = np.nan
+    q = set_.onto(w, axes)
+    assert np.isnan(q[2, 1])
+    rest = [0, 1, 3, 4]
+    if isinstance(set_, EntrySet):
+        assert (bits(np.where(np.isnan(w), 0, q)) == bits(np.where(np.isnan(w), 0, project(np.nan_to_num(w))))).all()
+    elif axes == (1,) and not set_.joins_vectors:
+        assert (bits(q[2]) == bits(w[2])).all()
+        np.testing.assert_allclose(q[rest], project(weights(1, 3.0))[rest], rtol=1e-12)
+    assert np.isnan(set_.outside(w, axes)).any()
+
+
+PLANES = ("hyperplane", "centred", "half-space", "affine")
+"""From far away the nearest point of these is far away."""
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if "two axes" not in name])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_huge_entries(name, dtype):
+    """No sum and no difference overflows on the way."""
+    kind = NUMPY[dtype]
+    big = (3e38 if dtype == "float32" else 6e4) / (30 if name in PLANES else 1)
+    set_, axes, project = ready(name, kind)
+    w = (np.sign(weights(2, 1.0)) * big).astype(kind)
+    q = project(w)
+    assert np.isfinite(q.astype(np.float64)).all()
+    distance = set_.outside(q, axes).astype(np.float64)
+    assert (distance <= (4 * UNIT[dtype] * big if name in PLANES else 1e-2)).all()
