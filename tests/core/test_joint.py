@@ -15,6 +15,8 @@ from projgd.sums import FLOATS
 from tests.contract import NUMPY, TIGHT, bits
 from tests.core.arrays import back, to
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = {"float64": 150, "float32": 18, "float16": 2, "bfloat16": 17}
 """The largest power of ten of an entry: the norm of a product of two such factors is in the range of the test's own."""
 
@@ -121,6 +123,7 @@ def test_a_product_is_held_in_jax(pair, exponent):
     product_case(pair, ProductMaxNorm(10.0**exponent, 2.0), "jax")
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_is_held_under_jit(dtype):
     rng = np.random.default_rng(0)

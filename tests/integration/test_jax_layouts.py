@@ -16,12 +16,7 @@ from projgd.optax import find_leaves
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Which weights an output depends on does not hang on how fast it is computed: this halves the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # which weights an output depends on stays the same
 
 
 def ones(*shape: int) -> jax.Array:
