@@ -8,6 +8,8 @@ import torch
 
 from projgd import MaxNorm, NonNegative, UnitNorm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((5, 5)) * np.asarray([0.05, 1.0, 1e3, 1e-3, 2.0])  # inside, outside, far outside, far inside
 V = RNG.standard_normal((5, 5))

@@ -1,5 +1,6 @@
 """Sets over several arrays, against transcriptions in extended precision, on NumPy, PyTorch and JAX."""
 
+import functools
 import json
 import math
 import warnings
@@ -15,19 +16,27 @@ from projgd.sums import FLOATS
 from tests.contract import NUMPY, TIGHT, bits
 from tests.core.arrays import back, to
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = {"float64": 150, "float32": 18, "float16": 2, "bfloat16": 17}
 """The largest power of ten of an entry: the norm of a product of two such factors is in the range of the test's own."""
+
+
+@functools.cache
+def jitted_projection(made):
+    """One program for all arrays of the same shapes."""
+    return jax.jit(lambda arrays: made.project(*arrays))
 
 
 def project(made, library, members, logits=None, jitted=False):
     """The members of `made.project`, run in a library, as arrays of NumPy."""
     kept = {} if logits is None else {"logits": to(library, logits)}
 
-    def call(*arrays):
-        return made.project(*arrays, **kept)
-
     with jax.enable_x64(library == "jax"):
-        return [back(x) for x in (jax.jit(call) if jitted else call)(*(to(library, x) for x in members))]
+        arrays = [to(library, x) for x in members]
+        if jitted:
+            return [back(x) for x in jitted_projection(made)(arrays)]
+        return [back(x) for x in made.project(*arrays, **kept)]
 
 
 def wide(x):
@@ -77,11 +86,17 @@ def judge_product(members, moved, again, made, library):
 
 
 @st.composite
-def factors(draw, dtypes=tuple(NUMPY)):
-    """Two factors in PyTorch's layout, (r, in) and (out, r), of sizes from tiny to huge, some with cancellation."""
-    dtype, rank = draw(st.sampled_from(dtypes)), draw(st.integers(1, 5))
+def factors(draw, dtypes=tuple(NUMPY), shapes=None):
+    """Two factors in PyTorch's layout, (r, in) and (out, r), of sizes from tiny to huge, some with cancellation.
+
+    `shapes` are (r, in, out); any up to (5, 9, 9) if there are none.
+    """
+    dtype = draw(st.sampled_from(dtypes))
+    rank, inputs, outputs = draw(
+        st.sampled_from(shapes) if shapes else st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    a, b = rng.standard_normal((rank, draw(st.integers(1, 9)))), rng.standard_normal((draw(st.integers(1, 9)), rank))
+    a, b = rng.standard_normal((rank, inputs)), rng.standard_normal((outputs, rank))
     how = draw(st.sampled_from(["random", "random", "cancel", "zero", "rows", "broken"]))
     if how == "cancel" and rank > 1:
         a[1], b[:, 1] = a[0], -b[:, 0] * draw(st.sampled_from([1, 1 + 1e-3, 1 + 1e-7]))
@@ -115,12 +130,13 @@ def test_a_product_is_held(pair, exponent, scale, library):
     product_case(pair, made, library)
 
 
-@given(factors(), st.floats(-0.5, 0.5))
+@given(factors(shapes=[(1, 1, 1), (3, 9, 4)]), st.floats(-0.5, 0.5))  # JAX compiles for every shape
 @settings(max_examples=25, deadline=None)
 def test_a_product_is_held_in_jax(pair, exponent):
     product_case(pair, ProductMaxNorm(10.0**exponent, 2.0), "jax")
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_is_held_under_jit(dtype):
     rng = np.random.default_rng(0)

@@ -44,9 +44,15 @@ def projected(way, set_):
     return by(library, set_.project, jitted)
 
 
+@functools.cache
+def ball_of(c):
+    """The same object for the same c, for which JAX compiles once."""
+    return MaxNorm(c, 0)
+
+
 def ball(way):
     """For `check`: the max-norm projection as a function of the columns and c."""
-    return lambda w, c: projected(way, MaxNorm(c, 0))(w)
+    return lambda w, c: projected(way, ball_of(c))(w)
 
 
 def check_set(way, w, set_):

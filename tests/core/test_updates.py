@@ -14,6 +14,8 @@ from projgd import MaxUpdate, RadialBrake, RelativeUpdate, Split, TangentUpdate,
 from tests.contract import NUMPY
 from tests.core.arrays import back, to
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = {"float64": 1e-14, "float32": 5e-7, "bfloat16": 2**-8, "float16": 2**-10}
 
 

@@ -16,12 +16,7 @@ from projgd.optax import find_leaves
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Which weights an output depends on does not hang on how fast it is computed: this halves the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # which weights an output depends on stays the same
 
 
 def ones(*shape: int) -> jax.Array:
@@ -203,19 +198,24 @@ def test_batch_statistics_of_a_stacked_norm_are_free():
 
 
 @pytest.mark.parametrize(
-    ("params", "name", "lookup"),
+    ("make", "name", "lookup"),
     [
-        (nn.Embed(7, 4).init(KEY, jnp.arange(7))["params"], "embedding", lambda p: p["embedding"][jnp.arange(7)]),
         (
-            nnx.state(nnx.Embed(7, 4, rngs=nnx.Rngs(0)), nnx.Param),
+            lambda: nn.Embed(7, 4).init(KEY, jnp.arange(7))["params"],
+            "embedding",
+            lambda p: p["embedding"][jnp.arange(7)],
+        ),
+        (
+            lambda: nnx.state(nnx.Embed(7, 4, rngs=nnx.Rngs(0)), nnx.Param),
             "embedding",
             lambda p: jnp.take(jax.tree.leaves(p)[0], jnp.arange(7), axis=0),
         ),
-        (eqx.nn.Embedding(7, 4, key=KEY), "weight", lambda m: jax.vmap(m)(jnp.arange(7))),
+        (lambda: eqx.nn.Embedding(7, 4, key=KEY), "weight", lambda m: jax.vmap(m)(jnp.arange(7))),
     ],
     ids=["linen", "nnx", "equinox"],
 )
-def test_an_embedding_has_one_vector_per_token(params, name, lookup):
+def test_an_embedding_has_one_vector_per_token(make, name, lookup):
+    params = make()
     (leaf,) = (leaf for leaf in find_leaves(params) if leaf is not None)
     assert (leaf.name, leaf.fan_in) == (name, (-1,))
     (table,) = jax.tree.leaves(params)
@@ -224,34 +224,33 @@ def test_an_embedding_has_one_vector_per_token(params, name, lookup):
     np.testing.assert_array_equal(depends, np.eye(7, dtype=bool))
 
 
-RNGS = nnx.Rngs(0)
-NNX = {
-    "Linear": (nnx.Linear(4, 5, rngs=RNGS), (2, 4), (-1,)),
-    "LinearGeneral": (nnx.LinearGeneral((4, 3), (5, 2), axis=(-2, -1), rngs=RNGS), (2, 4, 3), (-2, -1)),
+NNX = {  # made in the tests: to make them all takes 20 s, which every worker would spend when it collects tests
+    "Linear": (lambda: nnx.Linear(4, 5, rngs=nnx.Rngs(0)), (2, 4), (-1,)),
+    "LinearGeneral": (lambda: nnx.LinearGeneral((4, 3), (5, 2), axis=(-2, -1), rngs=nnx.Rngs(0)), (2, 4, 3), (-2, -1)),
     "LinearGeneral batch": (
-        nnx.LinearGeneral((4,), (5,), axis=(-1,), batch_axis={0: 2}, rngs=RNGS),
+        lambda: nnx.LinearGeneral((4,), (5,), axis=(-1,), batch_axis={0: 2}, rngs=nnx.Rngs(0)),
         (2, 4),
         (-2, -1),
     ),
-    "Einsum": (nnx.Einsum("...d,dhk->...hk", (4, 3, 5), (3, 5), rngs=RNGS), (2, 4), (-2, -1)),
-    "Conv": (nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=RNGS), (1, 4, 4, 4), (-1,)),
-    "Conv depthwise": (nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=RNGS), (1, 4, 4, 4), (-1,)),
-    "ConvTranspose": (nnx.ConvTranspose(3, 5, (3, 3), rngs=RNGS), (1, 4, 4, 3), (-1,)),
+    "Einsum": (lambda: nnx.Einsum("...d,dhk->...hk", (4, 3, 5), (3, 5), rngs=nnx.Rngs(0)), (2, 4), (-2, -1)),
+    "Conv": (lambda: nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0)), (1, 4, 4, 4), (-1,)),
+    "Conv depthwise": (lambda: nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=nnx.Rngs(0)), (1, 4, 4, 4), (-1,)),
+    "ConvTranspose": (lambda: nnx.ConvTranspose(3, 5, (3, 3), rngs=nnx.Rngs(0)), (1, 4, 4, 3), (-1,)),
     "ConvTranspose transposed": (
-        nnx.ConvTranspose(3, 5, (3, 3), transpose_kernel=True, rngs=RNGS),
+        lambda: nnx.ConvTranspose(3, 5, (3, 3), transpose_kernel=True, rngs=nnx.Rngs(0)),
         (1, 4, 4, 3),
         (-1,),
     ),
 }
 ONLY_MODULE = {  # what a State's names and shapes do not say, and a module's attributes do
     "LinearGeneral": (
-        nnx.LinearGeneral((4, 3), (5, 2), axis=(-2, -1), use_bias=False, rngs=RNGS),
+        lambda: nnx.LinearGeneral((4, 3), (5, 2), axis=(-2, -1), use_bias=False, rngs=nnx.Rngs(0)),
         (2, 4, 3),
         (-2, -1),
     ),
-    "Einsum": (nnx.Einsum("nta,hab->nthb", (3, 4, 5), rngs=RNGS), (2, 7, 4), (-2, -1)),
+    "Einsum": (lambda: nnx.Einsum("nta,hab->nthb", (3, 4, 5), rngs=nnx.Rngs(0)), (2, 7, 4), (-2, -1)),
     "ConvTranspose square": (
-        nnx.ConvTranspose(3, 3, (3, 3), transpose_kernel=True, rngs=RNGS),
+        lambda: nnx.ConvTranspose(3, 3, (3, 3), transpose_kernel=True, rngs=nnx.Rngs(0)),
         (1, 4, 4, 3),
         (-1,),
     ),
@@ -260,7 +259,8 @@ ONLY_MODULE = {  # what a State's names and shapes do not say, and a module's at
 
 @pytest.mark.parametrize("case", NNX)
 def test_nnx(case):
-    module, shape, units = NNX[case]
+    make, shape, units = NNX[case]
+    module = make()
     x = ones(*shape)
     graph, state = nnx.split(module)
     agrees(state, "kernel", lambda p: nnx.merge(graph, p)(x), units)
@@ -272,13 +272,13 @@ def test_nnx(case):
 
 @pytest.mark.parametrize("case", ONLY_MODULE)
 def test_nnx_module_as_the_tree(case):
-    module, shape, units = ONLY_MODULE[case]
-    agrees(module, "kernel", lambda m: m(ones(*shape)), units)
+    make, shape, units = ONLY_MODULE[case]
+    agrees(make(), "kernel", lambda m: m(ones(*shape)), units)
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "out"])
 def test_nnx_attention(name):
-    module = nnx.MultiHeadAttention(num_heads=3, in_features=6, decode=False, use_bias=False, rngs=RNGS)
+    module = nnx.MultiHeadAttention(num_heads=3, in_features=6, decode=False, use_bias=False, rngs=nnx.Rngs(0))
     graph, params = nnx.split(module)
     x = ones(2, 3, 2) if name == "out" else ones(2, 6)
     units = (-1,) if name == "out" else (-2, -1)
@@ -287,7 +287,7 @@ def test_nnx_attention(name):
 
 @pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
 def test_nnx_cells(cell):
-    module = cell(4, 5, rngs=RNGS)
+    module = cell(4, 5, rngs=nnx.Rngs(0))
     graph, params = nnx.split(module, nnx.Param, ...)[:2]
     rest = nnx.split(module, nnx.Param, ...)[2]
     kernels = [leaf.name for leaf in find_leaves(params) if leaf.name.endswith("kernel")]
@@ -305,20 +305,20 @@ def test_nnx_statistics_are_free():
 
 
 EQUINOX = {
-    "Linear": (eqx.nn.Linear(4, 5, key=KEY), (4,), (0,)),
-    "Linear square": (eqx.nn.Linear(4, 4, key=KEY), (4,), (0,)),
-    "Conv": (eqx.nn.Conv2d(4, 6, 3, key=KEY), (4, 4, 4), (0,)),
-    "Conv grouped": (eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY), (4, 4, 4), (0,)),
-    "Conv depthwise": (eqx.nn.Conv1d(4, 8, 3, groups=4, key=KEY), (4, 6), (0,)),
-    "ConvTranspose": (eqx.nn.ConvTranspose2d(4, 6, 3, stride=2, key=KEY), (4, 4, 4), (0,)),
-    "ConvTranspose grouped": (eqx.nn.ConvTranspose2d(4, 6, 3, groups=2, key=KEY), (4, 4, 4), (0,)),
+    "Linear": (lambda: eqx.nn.Linear(4, 5, key=KEY), (4,), (0,)),
+    "Linear square": (lambda: eqx.nn.Linear(4, 4, key=KEY), (4,), (0,)),
+    "Conv": (lambda: eqx.nn.Conv2d(4, 6, 3, key=KEY), (4, 4, 4), (0,)),
+    "Conv grouped": (lambda: eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY), (4, 4, 4), (0,)),
+    "Conv depthwise": (lambda: eqx.nn.Conv1d(4, 8, 3, groups=4, key=KEY), (4, 6), (0,)),
+    "ConvTranspose": (lambda: eqx.nn.ConvTranspose2d(4, 6, 3, stride=2, key=KEY), (4, 4, 4), (0,)),
+    "ConvTranspose grouped": (lambda: eqx.nn.ConvTranspose2d(4, 6, 3, groups=2, key=KEY), (4, 4, 4), (0,)),
 }
 
 
 @pytest.mark.parametrize("case", EQUINOX)
 def test_equinox(case):
-    module, shape, units = EQUINOX[case]
-    params, static = eqx.partition(module, eqx.is_inexact_array)
+    make, shape, units = EQUINOX[case]
+    params, static = eqx.partition(make(), eqx.is_inexact_array)
     agrees(params, "weight", lambda p: eqx.combine(p, static)(ones(*shape)), units)
     free(params, "bias")
 

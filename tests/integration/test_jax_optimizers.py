@@ -10,6 +10,8 @@ from optax import contrib
 from projgd import MaxNorm
 from projgd.optax import maxnorm_projection, project, projection
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 C = 0.8
 RNG = np.random.default_rng(0)
 PARAMS = {  # of few shapes, because JAX compiles every operation for every shape

@@ -11,7 +11,10 @@ import pytest
 
 @pytest.fixture(scope="module")
 def report():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    flags = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    )
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("jax_sharded_steps.py")],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},

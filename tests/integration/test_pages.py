@@ -17,6 +17,8 @@ import projgd.optax
 import projgd.torch
 from projgd.torch.settings import constraint_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ from projgd.torch import ProjectedAdam
 from tests.contract import bits, exact_norms
 from tests.optimality import LeastSquares, residual
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 C = 3.0
 
 
@@ -172,7 +174,7 @@ def test_the_diagonal_is_that_of_the_very_step(name):
     """Up to one factor for the array."""
     for found, wanted in diagonals()[name]:
         ratio = found / wanted
-        np.testing.assert_allclose(ratio, np.median(ratio), rtol=2e-4)
+        np.testing.assert_allclose(ratio, np.median(ratio), rtol=3e-4)  # Adan's numerator cancels in places
     last = diagonals()[name][-1][1]
     assert bool(np.ptp(last) < 1e-3 * last.max()) is (name in ("radam, not yet rectified", "novograd"))
 

@@ -8,6 +8,8 @@ from optax import contrib
 from projgd import MaxNorm
 from projgd.optax import check_last, maxnorm_projection
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 C = 0.8
 LAST = optax.chain(optax.adam(0.3), maxnorm_projection(C))
 PARAMS = {"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, "none": None}

@@ -15,6 +15,8 @@ from flax import nnx
 from projgd import MaxNorm, NonNegative, UnitNorm
 from projgd.optax import apply_updates, constrain, declared, project, projection, with_constraint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL, LARGE = MaxNorm(0.25), MaxNorm(1.0)
 
 

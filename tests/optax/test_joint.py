@@ -19,6 +19,8 @@ from projgd import MaxNorm, ProductMaxNorm, QKClip, TreeBall
 from projgd.optax import apply_updates, joint_projection, project_jointly, projection
 from tests.contract import NUMPY, TIGHT, bits
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ("q/lora_a", "q/lora_b")
 
 
@@ -62,7 +64,9 @@ def taker(joint, how, jitted):
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("how", ["chain", "apply_updates"])
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_a_product_is_held(dtype, how, jitted):
+def test_a_product_is_held(dtype, how, jitted, request):
+    if jitted:
+        request.getfixturevalue("full_compilation")
     joint = [ProductMaxNorm(1.5, scale=2.0).over(*NAMES), TreeBall(3.0)]
     with jax.enable_x64(dtype == "float64"):
         take = taker(joint, how, jitted)
@@ -166,12 +170,13 @@ def test_c_may_be_traced():
         moved = project_jointly(params, [ProductMaxNorm(c).over(*NAMES), TreeBall(c)])
         return jnp.stack([jnp.linalg.norm(moved["q"]["lora_a"] @ moved["q"]["lora_b"]), optax.tree.norm(moved)])
 
-    found = jax.vmap(norms)(jnp.asarray([1.0, 2.0, -1.0]))
+    found = jax.jit(jax.vmap(norms))(jnp.asarray([1.0, 2.0, -1.0]))
     np.testing.assert_allclose(found[:2, 1], [1.0, 2.0], rtol=1e-5)
     assert (found[:2, 0] <= jnp.asarray([1.0, 2.0]) * (1 + 1e-6)).all()
     assert jnp.isnan(found[2]).all()  # a bound that cannot be held must show
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_inside_a_scan():
     params, joint = pair(size=0.1), [ProductMaxNorm(0.7).over(*NAMES)]
     tx = optax.chain(optax.adam(0.3), joint_projection(joint))
@@ -192,7 +197,7 @@ def test_a_derivative_passes():
         moved = project_jointly(params, [ProductMaxNorm(0.5).over(*NAMES)])
         return sum(x.sum() for x in jax.tree.leaves(moved))
 
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(params)))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
 
 
 # --------------------------------------------------------------------------------------------------------------- QKClip

@@ -12,11 +12,20 @@ from projgd.bands import ball_band, interval_band
 from projgd.optax import apply_updates, maxnorm_projection, project, projection
 from projgd.sums import FLOATS
 from tests.contract import TIGHT, bits, columns, exact_norms, judge_norms
-from tests.optax.matrix import CASES, SETS, C, applied, chained, outcome
+from tests.optax.matrix import CASES, FORMS, SETS, C, applied, chained, outcome
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def compile_as_users_do(form, request):
+    """Operations one by one leave XLA nothing to optimize; what is jitted does."""
+    if FORMS[form].jit or FORMS[form].traced:
+        request.getfixturevalue("full_compilation")
 
 
 @pytest.mark.parametrize(("form", "dtype", "update", "leaf"), CASES)
-def test_the_contract(form, dtype, update, leaf):
+def test_the_contract(form, dtype, update, leaf, request):
+    compile_as_users_do(form, request)
     w, q, again = outcome(form, dtype, update)[leaf]
     _, low, high = SETS[leaf.partition("/")[0]]
     judge_norms(w, q, low, high, again)
@@ -25,8 +34,9 @@ def test_the_contract(form, dtype, update, leaf):
 
 
 @pytest.mark.parametrize(("form", "dtype", "update", "leaf"), CASES)
-def test_one_answer(form, dtype, update, leaf):
+def test_one_answer(form, dtype, update, leaf, request):
     """The reference in NumPy gives the same: to the guard in float32 and float64, and a last place in halves."""
+    compile_as_users_do(form, request)
     w, q, _ = outcome(form, dtype, update)[leaf]
     made = SETS[leaf.partition("/")[0]][0](C).replace(axis=0)
     w, q = w[:, np.isfinite(w.astype(np.float64)).all(0)], q[:, np.isfinite(w.astype(np.float64)).all(0)]
@@ -36,6 +46,7 @@ def test_one_answer(form, dtype, update, leaf):
     assert off.max() <= (72 * unit if dtype in ("float32", "float64") else 2 * unit)
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_at_the_edges():
     """The edge belongs to the band: a vector whose computed norm is T, without rounding, comes back bit for bit."""
     w = np.asarray([[3.0, 6.0, 1.5], [4.0, 8.0, 2.0]], np.float32)  # norms 5, 10, 2.5
@@ -57,6 +68,7 @@ def test_at_the_edges():
             judge_norms(w, q, low, 99.0)
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_far_outside(dtype):
     """|p| = 1e6, c = 4. `apply_updates` of projgd is tight at once; p + u of optax can only be as fine as p."""
@@ -76,6 +88,7 @@ def test_far_outside(dtype):
         assert (exact_norms(q) >= 4 * (1 - TIGHT[dtype])).all()
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize(("stored", "update"), [("float32", "float32"), ("bfloat16", "float32")])
 def test_a_thousand_steps_outwards(stored, update):
     """In one scan: never a bit outside; a neuron that is inside and gets no gradient keeps every bit."""
@@ -99,6 +112,7 @@ def test_a_thousand_steps_outwards(stored, update):
     assert int(state[-1].count) == 1000
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_a_step_where_nothing_binds_is_the_optimizers_own():
     """To 2 ulp a step: XLA may fuse lr · direction into the addition in one program and not in the other."""
     p = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((30, 20)), jnp.float32)}
@@ -124,6 +138,7 @@ def test_a_step_where_nothing_binds_is_the_optimizers_own():
     jax.tree.map(np.testing.assert_array_equal, (own, other), (state, state))
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_a_batch_is_its_parts():
     """Under vmap every branch is taken; vectors that overflow when squared are in one part and not in the other."""
     rng = np.random.default_rng(0)
@@ -160,6 +175,7 @@ def test_initial_norms_are_taken_once_and_kept():
     assert int(state.count) == 3
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_other_sets_and_splits():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.float32)
     sets = [NonNegative(), MaxNorm(0.5, axis=Split(dim=1, parts=2, over=(0, 2))), UnitNorm(None)]
@@ -183,6 +199,7 @@ def test_a_function_of_the_step():
         np.testing.assert_array_equal(q["b"], params["b"])
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("c", [np.nan, -1.0, 0.0])
 def test_a_traced_c_that_is_no_bound_shows(c):
     """It cannot be refused in a compiled program, so the weights become NaN: never a bound that is not there."""
@@ -213,6 +230,7 @@ def test_none_and_masked_leaves_stay():
     assert state.initial is None
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_donated_buffers_are_used():
     params = {"kernel": jnp.ones((64, 32))}
     step = jax.jit(lambda p, u: apply_updates(p, u, MaxNorm(1.0)), donate_argnums=0)

@@ -15,6 +15,8 @@ import projgd.torch
 from projgd import RelativeUpdate, Sphere, Split, UnitNorm
 from projgd.optax import hyperball, max_update, projection, radial_brake, relative_update, tangent_update
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (32, 48)  # (in, out)
 STEPS = 100
 SPLIT = Split(1, 4, (0, 2))

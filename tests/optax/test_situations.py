@@ -27,6 +27,8 @@ from projgd.optax import (
     tangent_update,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SETS = {
     "ball": MaxNorm(1.0),
     "matrix": MaxNorm(1.0, axis=None),

@@ -17,6 +17,8 @@ from projgd import MaxNorm, MinMaxNorm, NonNegative, Sphere, Split, Stacked, Uni
 from projgd.optax import find_leaves, hyperball, maxnorm_projection, project, projection
 from projgd.optax.tree import resolve
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def ones(*shape):
     return jnp.ones(shape)
