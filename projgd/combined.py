@@ -19,6 +19,7 @@ from projgd import axes as _axes
 from projgd import rules
 from projgd.axes import Axis, Vectors
 from projgd.constraints import Constraint, NormSet, positive
+from projgd.entries import Box, NonNegative, NonPositive
 from projgd.iteration import repeat
 from projgd.sums import Array, FloatType, Scalar, float_type
 
@@ -323,7 +324,9 @@ class Intersection(Constraint):
         xp = xp or array_namespace(x)
         if 0 in x.shape:
             return x
-        members = self._bound(x, axes, xp)
+        named = self._bound(x, axes, xp)
+        # Entries first: of a cone and a ball, such as `NonNegative` and `MaxNorm`, one sweep then finds the point.
+        members = sorted(named, key=lambda member: member[0].axis != "entries")
         wide = xp.astype(x, getattr(xp, float_type(x).compute), copy=False)
         finite = xp.all(xp.isfinite(wide), axis=axes, keepdims=True) if axes else xp.isfinite(wide)
         w = xp.where(finite, wide, xp.zeros_like(wide))
@@ -346,13 +349,14 @@ class Intersection(Constraint):
         zeros = [xp.zeros_like(w) for _ in members]
         done, y, *_ = repeat(self.steps, sweep, (xp.asarray(False), w, *zeros), xp)
         self._warn(done, y, members, xp)
-        # Exactly so in the stored dtype: what rounding has moved out of the last set goes back in.
+        # In the stored dtype: what rounding has moved out of a set goes back in, out of the last one exactly.
         inside = (self._is_inside(xp.astype(w, x.dtype), members, close, axes, xp)) & (w == wide)
         inside = xp.all(inside, axis=axes, keepdims=True) if axes else inside
-        q = xp.where(inside, x, xp.astype(y, x.dtype))
-        for own, over in members[-1:]:
+        q = xp.astype(y, x.dtype)
+        for own, over in named:
             q = own.onto(q, over, xp)
-        return xp.where(finite, q, x)
+        own, over = named[-1]
+        return xp.where(finite, xp.where(inside, own.onto(x, over, xp), q), x)
 
     def _is_inside(self, x: Array, members: list[Any], close: float, axes: tuple[int, ...], xp: Any) -> Array:
         """Return whether each vector is within the tolerance of every set."""
@@ -450,7 +454,10 @@ def _span(own: Constraint) -> Any:
     ends: Any = None
     if isinstance(own, NormSet) and not own.takes_initial:
         ends = own.edges()
-    elif own.axis == "entries" and hasattr(own, "low"):
-        low, high = own.low, own.high
-        ends = (-math.inf if low is None else low, math.inf if high is None else high)
+    elif isinstance(own, Box):
+        ends = (-math.inf if own.low is None else own.low, math.inf if own.high is None else own.high)
+    elif isinstance(own, NonNegative):
+        ends = (0.0, math.inf)
+    elif isinstance(own, NonPositive):
+        ends = (-math.inf, 0.0)
     return ends if ends and all(isinstance(e, float) for e in ends) else None

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import is_jax_namespace, is_torch_namespace
+from array_api_compat import is_jax_namespace
 
 
 def repeat(times: int, f: Callable[[Any], Any], state: Any, xp: ModuleType) -> Any:
     """Return f(… f(f(state))): `times` times, or until the first of the state, a 0-d array of booleans, is true.
 
-    What JAX traces becomes a `jax.lax.while_loop`. A graph of torch.compile takes all steps, because it cannot look at
-    a number. On an accelerator PyTorch waits for the flag after every step.
+    What JAX traces becomes a `jax.lax.while_loop`. On an accelerator PyTorch waits for the flag after every step.
 
     Args:
         times: the most steps.
@@ -34,15 +33,8 @@ def repeat(times: int, f: Callable[[Any], Any], state: Any, xp: ModuleType) -> A
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
             start = (jax.numpy.asarray(0), state)
             return jax.lax.while_loop(lambda s: ~s[1][0] & (s[0] < times), lambda s: (s[0] + 1, f(s[1])), start)[1]
-    all_steps = is_torch_namespace(xp) and _is_compiling()
     for _ in range(times):
         state = f(state)
-        if not all_steps and bool(state[0]):
+        if bool(state[0]):
             break
     return state
-
-
-def _is_compiling() -> bool:
-    import torch
-
-    return torch.compiler.is_compiling()

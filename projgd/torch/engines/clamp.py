@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import array_api_compat.torch as xp
 import torch
@@ -58,11 +59,11 @@ class Clamp(Engine):
                     p.copy_(project_interval(x, least, most, xp).reshape(p.shape))
 
 
-def _pieces(p: Tensor, *others: Tensor | float) -> list[tuple[Tensor, ...]]:
+def _pieces(p: Tensor, *others: Tensor | float) -> list[tuple[Any, ...]]:
     """Return rows of a parameter, some at a time, with the rows of what broadcasts against it."""
     height = max(1, PIECE * len(p) // max(1, p.numel()))
-    tall = [isinstance(t, Tensor) and t.ndim == p.ndim and len(t) > 1 for t in others]
-    return [
-        (p[i : i + height], *(t[i : i + height] if cut else t for t, cut in zip(others, tall, strict=True)))  # type: ignore[index]
-        for i in range(0, len(p), height)
-    ]
+
+    def rows(t: Tensor | float, i: int) -> Any:
+        return t[i : i + height] if isinstance(t, Tensor) and t.ndim == p.ndim and len(t) > 1 else t
+
+    return [(p[i : i + height], *(rows(t, i) for t in others)) for i in range(0, len(p), height)]
