@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import array_namespace, is_jax_namespace
+from array_api_compat import array_namespace
 
 from projgd import axes as _axes
 from projgd import rules
 from projgd.axes import Axis, Vectors
 from projgd.constraints import Constraint, NormSet, positive
 from projgd.entries import Box, NonNegative, NonPositive
-from projgd.iteration import repeat
+from projgd.libraries import call_if, repeat
 from projgd.sums import Array, FloatType, Scalar, float_type
 
 
@@ -131,7 +131,7 @@ class Around(Constraint):
         norms = _norms(axes, xp)
         least, most = of.rounding_interval(q, y, axes, norms, xp)
         near = xp.astype(start + q, x.dtype)
-        return xp.where(stays, x, _step_inside(near, start, q, least, most, x, xp))
+        return xp.where(stays, x, _step_inside(near, start, least, most, xp))
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
@@ -162,14 +162,12 @@ def _rounded(start: Array, end: Array, side: int, like: Array, kind: FloatType, 
     return xp.astype(total + side * slack, like.dtype)
 
 
-def _step_inside(
-    near: Array, start: Array, q: Array, least: Array | float, most: Array | float, x: Array, xp: Any
-) -> Array:
+def _step_inside(near: Array, start: Array, least: Array | float, most: Array | float, xp: Any) -> Array:
     """Return the stored numbers near w₀ + q whose distance to w₀ lies between two values; w₀ is inside or a limit.
 
     Rounding to nearest may leave the interval by half a step of the dtype. Up to two steps towards the inside enter it.
     """
-    kind = float_type(x)
+    kind = float_type(near)
     for _ in range(2):
         distance = xp.astype(near, start.dtype) - start
         above, below = distance > most, distance < least
@@ -178,7 +176,7 @@ def _step_inside(
             moved = xp.where(above, _next(near, -1, kind, xp), xp.where(below, _next(near, 1, kind, xp), near))
         else:
             wide = xp.astype(near, start.dtype)
-            moved = xp.astype(xp.where(above, wide - step, xp.where(below, wide + step, wide)), x.dtype)
+            moved = xp.astype(xp.where(above, wide - step, xp.where(below, wide + step, wide)), near.dtype)
         near = moved
     return near
 
@@ -378,14 +376,7 @@ class Intersection(Constraint):
                 f"a set, with entries up to {float(size):.2g}. Pass more steps=; an empty intersection has no result"
             )
 
-        if is_jax_namespace(xp):
-            import jax
-
-            if isinstance(far, jax.core.Tracer):
-                jax.lax.cond(far, lambda: jax.debug.callback(warn, left, size), lambda: None)
-                return
-        if bool(far):
-            warn(left, size)
+        call_if(far, warn, left, size, xp=xp)
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         """Return the largest distance of every vector to one of the sets."""

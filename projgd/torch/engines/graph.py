@@ -85,12 +85,15 @@ _remembered: list[Constraint] = []
 """The sets that compiled graphs name by their place here."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a group with another set has another graph
 def _remember(constraint: Constraint) -> int:
     """Return the place of a set in `_remembered`."""
     if constraint not in _remembered:
         _remembered.append(constraint)
     return _remembered.index(constraint)
+
+
+# A group with another set gets another graph. `torch.compiler.assume_constant_result` sets this, and imports Triton.
+setattr(_remember, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @torch.library.custom_op("projgd::onto_", mutates_args=("p",))
