@@ -368,20 +368,22 @@ class Intersection(Constraint):
         left = xp.max(xp.stack([xp.max(own.outside(y, over, xp)) for own, over in members]))
         far = ~done & (left > self.tolerance * size)
 
-        def warn(left: Any, size: Any) -> None:
-            rules.warn(
-                f"{self} did not reach its tolerance in {self.steps} sweeps: a result is {float(left):.2g} outside of "
-                f"a set, with entries up to {float(size):.2g}. Pass more steps=; an empty intersection has no result"
-            )
+        def warn(far: Any, left: Any, size: Any) -> None:
+            if bool(far):
+                rules.warn(
+                    f"{self} did not reach its tolerance in {self.steps} sweeps: a result is {float(left):.2g} outside "
+                    f"of a set, with entries up to {float(size):.2g}. Pass more steps=; an empty intersection has no "
+                    "result"
+                )
 
         if is_jax_namespace(xp):
             import jax
 
             if isinstance(far, jax.core.Tracer):
-                jax.lax.cond(far, lambda: jax.debug.callback(warn, left, size), lambda: None)
+                # Under vmap both branches run, so `warn` looks once more (`test_the_warning_of_an_intersection`).
+                jax.lax.cond(far, lambda: jax.debug.callback(warn, far, left, size), lambda: None)
                 return
-        if bool(far):
-            warn(left, size)
+        warn(far, left, size)
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         """Return the largest distance of every vector to one of the sets."""
