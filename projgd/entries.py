@@ -308,7 +308,9 @@ class RelativeBox(EntrySet):
     def interval(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
         if self.largest is None:
             raise ValueError(f"{self} has no bound outside an optimizer, which takes it from the weights at the start")
-        high = stored(self.largest * self.factor, x, float_type(x), xp, -1)
+        kind = float_type(x)
+        largest = xp.astype(self.largest, getattr(xp, kind.compute), copy=False)  # a short type would round upwards
+        high = stored(largest * self.factor, x, kind, xp, -1)
         return -high, high
 
 
