@@ -99,7 +99,7 @@ FORMS = {
 LARGE = {name for name in SETS if "intersection" in name or "section" in name}
 QUICK = {name for name, set_ in MADE.items() if isinstance(set_, (EntrySet, Around))}
 CASES = [(form, name) for form in FORMS for name in SETS if name in QUICK or not FORMS[form].is_full]
-STEPS, FAR = 7, 5
+STEPS, FAR = 6, 4
 """The step number `FAR` begins far away, as where other weights are loaded."""
 
 
