@@ -19,7 +19,7 @@ from projgd import axes as _axes
 from projgd import rules
 from projgd.axes import Axis, Vectors
 from projgd.constraints import Constraint, NormSet, positive
-from projgd.entries import Box, NonNegative, NonPositive
+from projgd.entries import Box, EntrySet, NonNegative, NonPositive
 from projgd.libraries import call_if, repeat
 from projgd.sums import Array, FloatType, Scalar, float_type
 
@@ -130,6 +130,8 @@ class Around(Constraint):
         # Rounded to the dtype, w₀ + q must not leave the set: an entry that would moves towards where it may be.
         norms = _norms(axes, xp)
         least, most = of.rounding_interval(q, y, axes, norms, xp)
+        if isinstance(of, EntrySet):  # what is outside by less than the difference rounds
+            stays = stays & ~xp.logical_or(*_outside(wide, start, least, most, xp))
         near = xp.astype(start + q, x.dtype)
         return xp.where(stays, x, _step_inside(near, start, least, most, xp))
 
@@ -169,8 +171,7 @@ def _step_inside(near: Array, start: Array, least: Array | float, most: Array | 
     """
     kind = float_type(near)
     for _ in range(2):
-        distance = xp.astype(near, start.dtype) - start
-        above, below = distance > most, distance < least
+        above, below = _outside(xp.astype(near, start.dtype), start, least, most, xp)
         step = xp.abs(xp.astype(near, start.dtype)) * (1.01 * kind.unit) + 0.505 * kind.spacing
         if kind.unit < 2.0**-20:  # the dtype itself: its neighbours
             moved = xp.where(above, _next(near, -1, kind, xp), xp.where(below, _next(near, 1, kind, xp), near))
@@ -179,6 +180,19 @@ def _step_inside(near: Array, start: Array, least: Array | float, most: Array | 
             moved = xp.astype(xp.where(above, wide - step, xp.where(below, wide + step, wide)), near.dtype)
         near = moved
     return near
+
+
+def _outside(x: Array, start: Array, least: Array | float, most: Array | float, xp: Any) -> tuple[Array, Array]:
+    """Return whether x - w₀ is above one value or below another, without rounding.
+
+    References:
+        O. Møller, *Quasi double-precision in floating point addition*, BIT 5, 1965 (the error of a difference).
+    """
+    distance = x - start
+    back = distance - x
+    error = (x - (distance - back)) - (start + back)
+    above = (distance > most) | ((distance == most) & (error > 0))
+    return above, (distance < least) | ((distance == least) & (error < 0))
 
 
 def _next(x: Array, side: int, kind: FloatType, xp: Any) -> Array:

@@ -243,7 +243,7 @@ def _broadcast_any(low: float | Values, high: float | Values, test: Callable[[fl
 
     wide = [np.asarray(end.tolist() if isinstance(end, Values) else end) for end in (low, high)]
     pairs = np.broadcast_arrays(*wide)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: a candidate
         candidates = np.argwhere(~(pairs[0] < pairs[1] - 1e-2 * (np.abs(pairs[0]) + np.abs(pairs[1]))))
     for at in map(tuple, candidates):
         a, b = float(pairs[0][at]), float(pairs[1][at])
@@ -308,7 +308,9 @@ class RelativeBox(EntrySet):
     def interval(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
         if self.largest is None:
             raise ValueError(f"{self} has no bound outside an optimizer, which takes it from the weights at the start")
-        high = stored(self.largest * self.factor, x, float_type(x), xp, -1)
+        kind = float_type(x)
+        largest = xp.astype(self.largest, getattr(xp, kind.compute), copy=False)  # a short type would round upwards
+        high = stored(largest * self.factor, x, kind, xp, -1)
         return -high, high
 
 

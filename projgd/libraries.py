@@ -65,8 +65,14 @@ def call_if(flag: Any, f: Callable[..., None], *numbers: Any, xp: ModuleType) ->
         import jax
 
         if isinstance(flag, jax.core.Tracer):
-            jax.lax.cond(flag, lambda: jax.debug.callback(f, *numbers), lambda: None)
+            # Under vmap both branches run, so the flag is read once more (`test_the_warning_of_an_intersection`).
+            jax.lax.cond(flag, lambda: jax.debug.callback(_call_once_more, flag, *numbers, f=f), lambda: None)
             return
+    if bool(flag):
+        f(*numbers)
+
+
+def _call_once_more(flag: Any, *numbers: Any, f: Callable[..., None]) -> None:
     if bool(flag):
         f(*numbers)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -297,10 +297,13 @@ class _Section:
         xp, constant = self.xp, still(w, self.xp)
         zero = 0 * xp.max(constant, axis=self.axes, keepdims=True)
         start = (xp.asarray(False), zero, zero - math.inf, zero + math.inf)
-        tau = repeat(BOX_STEPS, lambda state: self._step(constant, *state[1:]), start, xp)[1]
-        # Added as 0, a form whose derivative is that of the projection: entries at a bound are constant.
-        free, slope = self.slope(constant, tau)
-        known = tree_sum(xp.where(free, self.a * w, 0 * w), self.axes, xp) / xp.where(slope > 0, slope, zero + 1)
+        # JAX has no backward derivative of a loop, so nothing in it may have one.
+        fixed = replace(self, **{key: still(getattr(self, key), xp) for key in ("a", "b", "least", "most")})
+        tau = repeat(BOX_STEPS, lambda state: fixed._step(constant, *state[1:]), start, xp)[1]
+        # Added as 0, a form whose derivative is that of the projection: entries at a bound move with the bound alone.
+        free, slope = self.slope(w, tau)
+        known = tree_sum(self.a * xp.where(free, w, self.at(w, tau)[0]), self.axes, xp) - self.b
+        known = known / xp.where(slope > 0, slope, zero + 1)
         return self.at(w, tau + (known - still(known, xp)))[0]
 
     def _step(self, w: Array, tau: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:

@@ -158,6 +158,8 @@ def stored(value: Scalar, x: Array, kind: FloatType, xp: ModuleType, side: int) 
         value = value.array(xp, x)
         if is_jax_namespace(xp):  # JAX would round float64 to nearest
             return xp.asarray(_round(value, x.dtype, kind, array_namespace(value), side))
+    elif not str(value.dtype).endswith("float64"):  # integers, and shorter types than the largest number needs
+        value = xp.astype(value, getattr(xp, kind.compute), copy=False)
     return _round(value, x.dtype, kind, xp, side)
 
 

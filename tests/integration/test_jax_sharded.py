@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sets import SETS
+
 
 @pytest.fixture(scope="module")
 def report():
@@ -31,6 +33,7 @@ SPLIT = ("chain", "apply_updates", "sphere")  # what shard_map can split
 CASES = [f"jit, {layout}, {name}" for layout in LAYOUTS for name in (*SPLIT, "hyperball")]
 CASES += [f"shard_map, {layout}, {name}" for layout in LAYOUTS for name in SPLIT]
 CASES += [f"explicit, {name}" for name in (*SPLIT, "hyperball")] + ["jit, adaptive"]
+CASES += [f"sets, {name}" for name in SETS if name not in ("box of arrays", "intersection along two axes")]
 
 
 @pytest.mark.parametrize("case", CASES)
