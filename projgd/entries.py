@@ -243,7 +243,7 @@ def _broadcast_any(low: float | Values, high: float | Values, test: Callable[[fl
 
     wide = [np.asarray(end.tolist() if isinstance(end, Values) else end) for end in (low, high)]
     pairs = np.broadcast_arrays(*wide)
-    with np.errstate(invalid="ignore"):  # infinity less infinity
+    with np.errstate(invalid="ignore"):
         candidates = np.argwhere(~(pairs[0] < pairs[1] - 1e-2 * (np.abs(pairs[0]) + np.abs(pairs[1]))))
     for at in map(tuple, candidates):
         a, b = float(pairs[0][at]), float(pairs[1][at])

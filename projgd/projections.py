@@ -441,6 +441,7 @@ def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:
     assert inner is not None
     y = y * most
     step = 2.0**-24
+    most, inner = (m if isinstance(m, float) or not m.shape else as_rows(m, axes, xp)[0] for m in (most, inner))
     y, back = as_rows(y, axes, xp)
     size = xp.abs(y)
     coarse = size < 2.0**-14

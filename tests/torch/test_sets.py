@@ -39,10 +39,8 @@ def judged(name, p, dtype):
     axes = set_.resolve(w.shape, "out_first").axes
     unit = torch.finfo(dtype).eps
     loose = 40 * unit * max(1.0, abs(w).max()) + (1e-5 if "intersection" in name else 0)
-    if name == "relative max-norm of a tensor":
-        loose = 1e-6  # the norm of the whole tensor was taken in float32
-    else:
-        loose = loose * (not case.exact)
+    # The norm of a whole tensor was taken in float32.
+    loose = 1e-6 if name == "relative max-norm of a tensor" else loose * (not case.exact)
     distance = set_.outside(w, axes)
     assert (distance <= loose).all(), distance.max()
 
@@ -212,11 +210,8 @@ def test_weight_clip_knows_the_fan_in_of_every_layer():
 
 def test_weight_clip_of_attention_and_cells():
     for layer, fan_in in ((nn.LSTM(5, 3), None), (nn.MultiheadAttention(8, 2), 8)):
-        chosen = {
-            n: own
-            for g in param_groups(layer, WeightClip(1.0))
-            for n, own in zip(g["param_names"], [g["constraint"]] * 99)
-        }
+        groups = param_groups(layer, WeightClip(1.0))
+        chosen = {name: group["constraint"] for group in groups for name in group["param_names"]}
         assert all(own is not None for own in chosen.values()), chosen
         if fan_in:
             assert chosen["in_proj_bias"].fan_in == chosen["out_proj.bias"].fan_in == fan_in

@@ -21,12 +21,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from projgd import metrics
 from projgd.axes import Vectors
 from projgd.bands import Band
-from projgd.constraints import Constraint, NormSet
-from projgd.entries import EntrySet
+from projgd.constraints import Constraint
 from projgd.sums import FLOATS, FloatType
 from projgd.torch.metrics import Metric
 from projgd.updates import Update
-from projgd.values import Values
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
@@ -207,10 +205,7 @@ def project_by_reference(p: Tensor, job: Job) -> None:
     constraint = job.bound(p)
     w = p.clone() if torch.is_grad_enabled() else p  # autograd needs the value before the projection
     x = w.reshape(vectors.shape)
-    if torch.compiler.is_compiling() and not _is_traceable(constraint):
-        projection = _onto_uncompiled(constraint, x, vectors.axes)
-    else:
-        projection = constraint.onto(x, vectors.axes, xp, moved=True)
+    projection = constraint.onto(x, vectors.axes, xp, moved=True)
     if job.metric is not None and not (_can_look(x) and bool((projection == x).logical_or_(x != x).all())):
         # Vectors that the Euclidean projection does not move are in the set, in every metric.
         diagonal = job.metric(p)
@@ -221,18 +216,6 @@ def project_by_reference(p: Tensor, job: Job) -> None:
     if job.skip is not None:  # `where` runs on the device; reading `skip` would wait for it
         projection = torch.where(job.skip.to(p.device) > 0, p, projection)
     p.copy_(projection)
-
-
-def _is_traceable(constraint: Constraint) -> bool:
-    """Return whether torch.compile can trace a projection: it does not iterate, and has no arrays of bounds."""
-    has_arrays = any(isinstance(getattr(constraint, key), Values) for key in constraint.arrays)
-    return isinstance(constraint, (NormSet, EntrySet)) and not has_arrays
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the graph is cut here
-def _onto_uncompiled(constraint: Constraint, x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    projection: Tensor = constraint.onto(x, axes, xp, moved=True)
-    return projection
 
 
 def _can_look(x: Tensor) -> bool:
