@@ -5,6 +5,7 @@ This is the only module of the core that imports a framework, and only for an ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -66,13 +67,13 @@ def call_if(flag: Any, f: Callable[..., None], *numbers: Any, xp: ModuleType) ->
 
         if isinstance(flag, jax.core.Tracer):
             # Under vmap both branches run, so the flag is read once more (`test_the_warning_of_an_intersection`).
-            jax.lax.cond(flag, lambda: jax.debug.callback(_call_once_more, flag, *numbers, f=f), lambda: None)
+            jax.lax.cond(flag, lambda: jax.debug.callback(functools.partial(_call_once_more, f), flag, *numbers), lambda: None)
             return
     if bool(flag):
         f(*numbers)
 
 
-def _call_once_more(flag: Any, *numbers: Any, f: Callable[..., None]) -> None:
+def _call_once_more(f: Callable[..., None], flag: Any, *numbers: Any) -> None:
     if bool(flag):
         f(*numbers)
 
