@@ -140,9 +140,19 @@ def ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
     """
     error, coarse = guard(kind, vectors), math.sqrt(vectors.length) * kind.tiny
     c, down = _within(kind, c, error, coarse)
-    share = coarse / c if isinstance(c, float) else coarse / 1e-3 if kind is FLOATS["float16"] else 0.0
+    share = coarse / _smallest(c) if kind is FLOATS["float16"] else 0.0
     band = Band(0.0, c * (1 - error), 0.0, down)
     return dataclasses.replace(band, filled=c * (1 - 4 * error), inner=c * (1 - 2.0**-12)) if share > COARSE else band
+
+
+def _smallest(c: Scalar) -> float:
+    """Return the smallest of some bounds; 1e-3, as small as bounds of networks are, if JAX traces them."""
+    if isinstance(c, float):
+        return c
+    try:
+        return max(float(array_namespace(c).min(c)), 1e-30)
+    except TypeError:
+        return 1e-3
 
 
 def _within(kind: FloatType, c: Scalar, error: float, coarse: float) -> tuple[Scalar, Scalar]:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import array_namespace, is_jax_namespace
+from array_api_compat import array_namespace
 
 from projgd import axes as _axes
 from projgd import rules
 from projgd.axes import Axis, Vectors
 from projgd.constraints import Constraint, NormSet, positive
-from projgd.entries import EntrySet
-from projgd.iteration import repeat
+from projgd.entries import Box, EntrySet, NonNegative, NonPositive
+from projgd.libraries import call_if, repeat
 from projgd.sums import Array, FloatType, Scalar, float_type
 
 
@@ -133,7 +133,7 @@ class Around(Constraint):
         if isinstance(of, EntrySet):  # what is outside by less than the difference rounds
             stays = stays & ~xp.logical_or(*_outside(wide, start, least, most, xp))
         near = xp.astype(start + q, x.dtype)
-        return xp.where(stays, x, _step_inside(near, start, q, least, most, x, xp))
+        return xp.where(stays, x, _step_inside(near, start, least, most, xp))
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
@@ -164,15 +164,13 @@ def _rounded(start: Array, end: Array, side: int, like: Array, kind: FloatType, 
     return xp.astype(total + side * slack, like.dtype)
 
 
-def _step_inside(
-    near: Array, start: Array, q: Array, least: Array | float, most: Array | float, x: Array, xp: Any
-) -> Array:
+def _step_inside(near: Array, start: Array, least: Array | float, most: Array | float, xp: Any) -> Array:
     """Return the stored numbers near w₀ + q whose distance to w₀ lies between two values; w₀ is inside or a limit.
 
     Rounding to nearest may leave the interval by half a step of the dtype. Up to two steps towards the inside enter it.
     """
-    kind = float_type(x)
-    near = xp.where(xp.isfinite(near), near, xp.astype(start, x.dtype))  # what is not finite stays, see `onto`
+    kind = float_type(near)
+    near = xp.where(xp.isfinite(near), near, xp.astype(start, near.dtype))  # what is not finite stays, see `onto`
     for _ in range(2):
         above, below = _outside(xp.astype(near, start.dtype), start, least, most, xp)
         step = xp.abs(xp.astype(near, start.dtype)) * (1.01 * kind.unit) + 0.505 * kind.spacing
@@ -180,7 +178,7 @@ def _step_inside(
             moved = xp.where(above, _next(near, -1, kind, xp), xp.where(below, _next(near, 1, kind, xp), near))
         else:
             wide = xp.astype(near, start.dtype)
-            moved = xp.astype(xp.where(above, wide - step, xp.where(below, wide + step, wide)), x.dtype)
+            moved = xp.astype(xp.where(above, wide - step, xp.where(below, wide + step, wide)), near.dtype)
         near = moved
     return near
 
@@ -340,7 +338,9 @@ class Intersection(Constraint):
         xp = xp or array_namespace(x)
         if 0 in x.shape:
             return x
-        members = self._bound(x, axes, xp)
+        named = self._bound(x, axes, xp)
+        # Entries first: of a cone and a ball, such as `NonNegative` and `MaxNorm`, one sweep then finds the point.
+        members = sorted(named, key=lambda member: member[0].axis != "entries")
         wide = xp.astype(x, getattr(xp, float_type(x).compute), copy=False)
         finite = xp.all(xp.isfinite(wide), axis=axes, keepdims=True) if axes else xp.isfinite(wide)
         w = xp.where(finite, wide, xp.zeros_like(wide))
@@ -363,13 +363,14 @@ class Intersection(Constraint):
         zeros = [xp.zeros_like(w) for _ in members]
         done, y, *_ = repeat(self.steps, sweep, (xp.asarray(False), w, *zeros), xp)
         self._warn(done, y, members, xp)
-        # Exactly so in the stored dtype: what rounding has moved out of the last set goes back in.
+        # In the stored dtype: what rounding has moved out of a set goes back in, out of the last one exactly.
         inside = (self._is_inside(xp.astype(w, x.dtype), members, close, axes, xp)) & (w == wide)
         inside = xp.all(inside, axis=axes, keepdims=True) if axes else inside
-        q = xp.where(inside, x, xp.astype(y, x.dtype))
-        for own, over in members[-1:]:
+        q = xp.astype(y, x.dtype)
+        for own, over in named:
             q = own.onto(q, over, xp)
-        return xp.where(finite, q, x)
+        own, over = named[-1]
+        return xp.where(finite, xp.where(inside, own.onto(x, over, xp), q), x)
 
     def _is_inside(self, x: Array, members: list[Any], close: float, axes: tuple[int, ...], xp: Any) -> Array:
         """Return whether each vector is within the tolerance of every set."""
@@ -385,22 +386,13 @@ class Intersection(Constraint):
         left = xp.max(xp.stack([xp.max(own.outside(y, over, xp)) for own, over in members]))
         far = ~done & (left > self.tolerance * size)
 
-        def warn(far: Any, left: Any, size: Any) -> None:
-            if bool(far):
-                rules.warn(
-                    f"{self} did not reach its tolerance in {self.steps} sweeps: a result is {float(left):.2g} outside "
-                    f"of a set, with entries up to {float(size):.2g}. Pass more steps=; an empty intersection has no "
-                    "result"
-                )
+        def warn(left: Any, size: Any) -> None:
+            rules.warn(
+                f"{self} did not reach its tolerance in {self.steps} sweeps: a result is {float(left):.2g} outside of "
+                f"a set, with entries up to {float(size):.2g}. Pass more steps=; an empty intersection has no result"
+            )
 
-        if is_jax_namespace(xp):
-            import jax
-
-            if isinstance(far, jax.core.Tracer):
-                # Under vmap both branches run, so `warn` looks once more (`test_the_warning_of_an_intersection`).
-                jax.lax.cond(far, lambda: jax.debug.callback(warn, far, left, size), lambda: None)
-                return
-        warn(far, left, size)
+        call_if(far, warn, left, size, xp=xp)
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         """Return the largest distance of every vector to one of the sets."""
@@ -469,7 +461,10 @@ def _span(own: Constraint) -> Any:
     ends: Any = None
     if isinstance(own, NormSet) and not own.takes_initial:
         ends = own.edges()
-    elif own.axis == "entries" and hasattr(own, "low"):
-        low, high = own.low, own.high
-        ends = (-math.inf if low is None else low, math.inf if high is None else high)
+    elif isinstance(own, Box):
+        ends = (-math.inf if own.low is None else own.low, math.inf if own.high is None else own.high)
+    elif isinstance(own, NonNegative):
+        ends = (0.0, math.inf)
+    elif isinstance(own, NonPositive):
+        ends = (-math.inf, 0.0)
     return ends if ends and all(isinstance(e, float) for e in ends) else None

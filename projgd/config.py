@@ -7,6 +7,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from projgd.values import Values
+
 
 @dataclass(frozen=True)
 class Configured:
@@ -70,7 +72,7 @@ def _plain(value: Any) -> Any:
     """Return a value as a plain JSON type."""
     if isinstance(value, Configured):
         return value.config()
-    if hasattr(value, "tolist"):  # `projgd.values.Values`
+    if isinstance(value, Values):
         return value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)

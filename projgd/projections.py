@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import array_namespace, is_jax_namespace, is_torch_namespace
+from array_api_compat import array_namespace
 
 from projgd.axes import Vectors
 from projgd.bands import Band
-from projgd.iteration import repeat
+from projgd.libraries import repeat, still
 from projgd.sums import FLOATS, Array, FloatType, Scalar, float_type, guard, root, running_sum, scale, tree_sum
 
 
@@ -145,18 +145,18 @@ def project_simplex(x: Array, total: Scalar, axes: tuple[int, ...], xp: ModuleTy
     # Entries more than `total` below the largest become 0. Cut there first, no difference overflows.
     total = xp.zeros_like(top) + total
     z = 2 * xp.maximum(x / 2 - top / 2, -total)
-    still = _still(z, xp)
+    constant = still(z, xp)
 
     def newton(state: tuple[Array, Array]) -> tuple[Array, Array]:
         _, tau = state
-        over = xp.maximum(still - tau, xp.zeros_like(tau))
+        over = xp.maximum(constant - tau, xp.zeros_like(tau))
         count = tree_sum(xp.astype(over > 0, z.dtype), axes, xp)
         step = (tree_sum(over, axes, xp) - total) / xp.maximum(count, xp.ones_like(count))
         return xp.all(step <= tau_unit), xp.where(step > 0, tau + step, tau)
 
-    tau_unit = 4 * FLOATS[str(z.dtype).removeprefix("torch.")].unit * _still(total, xp)
-    tau = repeat(NEWTON_STEPS, newton, (xp.asarray(False), -_still(total, xp)), xp)[1]
-    active = still > tau
+    tau_unit = 4 * FLOATS[str(z.dtype).removeprefix("torch.")].unit * still(total, xp)
+    tau = repeat(NEWTON_STEPS, newton, (xp.asarray(False), -still(total, xp)), xp)[1]
+    active = constant > tau
     count = tree_sum(xp.astype(active, z.dtype), axes, xp)
     # Once more in a form whose derivative is that of the projection: the entries above τ are constant.
     tau = (tree_sum(xp.where(active, z, xp.zeros_like(z)), axes, xp) - total) / count
@@ -165,15 +165,6 @@ def project_simplex(x: Array, total: Scalar, axes: tuple[int, ...], xp: ModuleTy
 
 NEWTON_STEPS = 100
 """The most steps; each one but the last takes an entry out."""
-
-
-def _still(x: Array, xp: ModuleType) -> Array:
-    """Return an array as a constant of derivatives."""
-    if is_jax_namespace(xp):
-        import jax
-
-        return jax.lax.stop_gradient(x)
-    return x.detach() if is_torch_namespace(xp) else x
 
 
 def project_plane(x: Array, a: Array, b: Array, axes: tuple[int, ...], xp: ModuleType, is_half: bool = False) -> Array:
@@ -303,17 +294,17 @@ class _Section:
 
     def project(self, w: Array) -> Array:
         """Return the nearest point, before rounding to a stored dtype."""
-        xp, still = self.xp, _still(w, self.xp)
-        zero = 0 * xp.max(still, axis=self.axes, keepdims=True)
+        xp, constant = self.xp, still(w, self.xp)
+        zero = 0 * xp.max(constant, axis=self.axes, keepdims=True)
         start = (xp.asarray(False), zero, zero - math.inf, zero + math.inf)
         # JAX has no backward derivative of a loop, so nothing in it may have one.
-        fixed = replace(self, **{key: _still(getattr(self, key), xp) for key in ("a", "b", "least", "most")})
-        tau = repeat(BOX_STEPS, lambda state: fixed._step(still, *state[1:]), start, xp)[1]
+        fixed = replace(self, **{key: still(getattr(self, key), xp) for key in ("a", "b", "least", "most")})
+        tau = repeat(BOX_STEPS, lambda state: fixed._step(constant, *state[1:]), start, xp)[1]
         # Added as 0, a form whose derivative is that of the projection: entries at a bound move with the bound alone.
         free, slope = self.slope(w, tau)
         known = tree_sum(self.a * xp.where(free, w, self.at(w, tau)[0]), self.axes, xp) - self.b
         known = known / xp.where(slope > 0, slope, zero + 1)
-        return self.at(w, tau + (known - _still(known, xp)))[0]
+        return self.at(w, tau + (known - still(known, xp)))[0]
 
     def _step(self, w: Array, tau: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
         """Return whether all is done, the next τ, and the interval that the root lies in."""
@@ -396,7 +387,7 @@ def largest_entries(size: Array, k: int, axes: tuple[int, ...], xp: ModuleType) 
     >>> largest_entries(np.asarray([[3.0, 1.0, 3.0, 3.0]]), 2, (1,), np)
     array([[ True, False,  True, False]])
     """
-    rows, back = as_rows(_still(size, xp), axes, xp)
+    rows, back = as_rows(still(size, xp), axes, xp)
     n = rows.shape[1]
     if k >= n:
         return xp.ones_like(size, dtype=xp.bool)
@@ -444,6 +435,7 @@ def fill(y: Array, band: Band, axes: tuple[int, ...], dtype: Any) -> Array:
     assert inner is not None
     y = y * most
     step = 2.0**-24
+    most, inner = (m if isinstance(m, float) or not m.shape else as_rows(m, axes, xp)[0] for m in (most, inner))
     y, back = as_rows(y, axes, xp)
     size = xp.abs(y)
     coarse = size < 2.0**-14

@@ -7,6 +7,8 @@ the module stands above the fronts, which it imports when it meets their types.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import html
 import math
 import sys
@@ -413,6 +415,17 @@ def measure(name: str, x: Array, constraint: Constraint, vectors: Vectors | None
     )
 
 
+def _with_numpy(constraint: Constraint) -> Constraint:
+    """Return a set whose numbers from the initial weights are arrays of NumPy."""
+    kept = {f.name: getattr(constraint, f.name) for f in dataclasses.fields(constraint) if not f.init}
+    if not any(hasattr(value, "shape") for value in kept.values()):
+        return constraint
+    bound = copy.copy(constraint)
+    for name, value in kept.items():
+        object.__setattr__(bound, name, _as_numpy(value) if hasattr(value, "shape") else value)
+    return bound
+
+
 def _compare(x: Array, constraint: Constraint, vectors: Vectors, near: float) -> tuple[Any, ...]:
     """Return norms, which vectors are outside, which are on the bound, distances, and which vectors are finite."""
     import numpy as np
@@ -422,8 +435,9 @@ def _compare(x: Array, constraint: Constraint, vectors: Vectors, near: float) ->
     with np.errstate(invalid="ignore", over="ignore"):
         norms = norm(exact, vectors.axes)
         finite = np.isfinite(norms)
-        distance = constraint.outside(exact, vectors.axes)
-        edge = finite & (constraint.outside(exact * (1 + near), vectors.axes) > 0)
+        wide = _with_numpy(constraint)
+        distance = wide.outside(exact, vectors.axes)
+        edge = finite & (wide.outside(exact * (1 + near), vectors.axes) > 0)
     # What an iteration leaves is no violation, so a vector counts as outside only if the projection would move it.
     moved = np.asarray(_as_numpy(constraint.onto(stored, vectors.axes)), np.float64) != exact
     outside = finite & (distance > 0) & np.any(moved, axis=vectors.axes, keepdims=True)

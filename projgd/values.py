@@ -16,6 +16,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_jax_namespace, is_torch_array, is_torch_namespace
 
+from projgd.libraries import tensor_of
 from projgd.sums import Array, FloatType, Scalar
 
 
@@ -78,7 +79,7 @@ class Values:
             like: an array.
         """
         if is_torch_namespace(xp):
-            return _to_torch(self, str(like.device))
+            return _to_torch(self.data, self.shape, str(like.device))
         import numpy as np
 
         return np.frombuffer(self.data, np.float64).reshape(self.shape)
@@ -87,14 +88,7 @@ class Values:
         return f"array of shape {self.shape}"
 
 
-@functools.lru_cache(maxsize=64)
-def _to_torch(values: Values, device: str) -> Any:
-    """Return the numbers as a tensor, from a cache."""
-    import torch
-
-    if not values.data:
-        return torch.empty(values.shape, dtype=torch.float64, device=device)
-    return torch.frombuffer(bytearray(values.data), dtype=torch.float64).reshape(values.shape).to(device)
+_to_torch = functools.lru_cache(maxsize=64)(tensor_of)
 
 
 def _flatten(name: str, nested: Any) -> tuple[tuple[int, ...], list[float]]:

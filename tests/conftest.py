@@ -35,46 +35,25 @@ def _drop_compiled_programs():
         sys.modules["jax"].clear_caches()
 
 
-QUICK = {"xla_cpu_use_fusion_emitters": False}
-"""Options of XLA that shorten compilation."""
-
-
-def _set_quick(is_quick):
-    import jax
-    from jax._src import compiler
-
-    usual = getattr(compiler.get_compile_options, "usual", compiler.get_compile_options)
-
-    def get_options(*args, env_options_overrides=None, **kwargs):
-        return usual(*args, env_options_overrides=QUICK | (env_options_overrides or {}), **kwargs)
-
-    get_options.usual = usual
-    compiler.get_compile_options = get_options if is_quick else usual
-    jax.config.update("jax_disable_most_optimizations", is_quick)
-
-
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Let JAX compile fast instead of well: for a file that does not test what XLA's optimizations make of our code.
 
-    Compilation takes most of the time of such a file. Without LLVM's optimizations and XLA's fusion emitters, programs
-    compile in a third of the time. Tests of exactness, memory and branches need the programs that users run: they are
-    in files that do not use this, or use `full_compilation`.
+    Compilation takes most of the time of such a file. Tests of exactness, memory and branches need the programs that
+    users run: they are in files that do not use this, or use `full_compilation`.
     """
     import jax
 
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=QUICK)(0.0)
-    except Exception:  # a version of JAX that does not know the options
-        QUICK.clear()
-    _set_quick(True)
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    _set_quick(False)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
 def full_compilation(quick_compilation):
     """In a file that uses `quick_compilation`: compile the functions that this test jits as users do."""
-    _set_quick(False)
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    _set_quick(True)
+    jax.config.update("jax_disable_most_optimizations", True)

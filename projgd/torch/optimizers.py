@@ -393,11 +393,11 @@ class Projected(JointSets, Optimizer):
             only_c = only_c and seen.options == settings.options_of(group)
         now = {**group, **own}
         constraint = settings.constraint_of(now)
-        moves = only_c and None not in (was, constraint)
+        moves = only_c and constraint is not None and was is not None and not constraint.takes_initial
         if not (moves and settings.moves_freely(constraint) and settings.moves_freely(was)):
             self._router.clear()
             named = self._check(now, named)
-            if seen is not None and was != constraint:
+            if seen is not None and was != constraint and not only_c:  # numbers of the start outlive a new c
                 self._radii.drop(group["params"])
                 self._radii.take(constraint, named)
         group.update(own)

@@ -27,7 +27,6 @@ from projgd.torch.engines.base import (
     is_alike,
     reason_of_states,
 )
-from projgd.torch.engines.clamp import Clamp
 from projgd.torch.engines.cpu import Cpu
 from projgd.torch.engines.diagonal import Diagonal
 from projgd.torch.engines.eager import Eager
@@ -38,7 +37,7 @@ from projgd.torch.engines.triton import Triton
 from projgd.torch.settings import constraint_of, named_params
 from projgd.torch.shaping import KEY, take_initial
 
-WITHIN: tuple[Engine, ...] = (Clamp(), Diagonal(), Eager(), Reference())
+WITHIN: tuple[Engine, ...] = (Diagonal(), Eager(), Reference())
 """The engines that take any tensor: a parameter, some of its rows, or the part that one rank holds."""
 
 ENGINES: tuple[Engine, ...] = (Cpu(), Triton(), Graph(), Rows(WITHIN), Ranks(WITHIN), *WITHIN)

@@ -491,8 +491,8 @@ def check_saved(constraint: Constraint | None, p: Tensor, saved: Tensor, name: s
     per_entry = constraint.keeps_entries
     kept = [1 if a in vectors.axes and not per_entry else n for a, n in enumerate(vectors.shape)]
     if saved.numel() != math.prod(kept):
-        counted = "entries" if per_entry else "vectors"
-        raise ValueError(f"{name}: the state has {saved.numel()} initial numbers for its {math.prod(kept)} {counted}")
+        what, counted = ("initial numbers", "entries") if per_entry else ("radii", "vectors")
+        raise ValueError(f"{name}: the state has {saved.numel()} {what} for its {math.prod(kept)} {counted}")
     if not (per_entry or saved.is_meta or bool((saved.isfinite() & (saved > 0)).all())):
         raise ValueError(f"{name}: the state has radii that are not positive and finite")
     return saved if ranks.is_dtensor(p) or ranks.is_dtensor(saved) else saved.reshape(kept)

@@ -298,6 +298,12 @@ def test_entries_that_are_nan_stay_and_show(library):
         np.testing.assert_allclose(back(set_.violation(x)), outside, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_box_with_infinite_bounds_warns_of_nothing():
+    box = Box([-np.inf, -1.0], [np.inf, np.inf])
+    np.testing.assert_array_equal(box.project(np.asarray([[-9.0, -9.0]])), [[-9.0, -1.0]])
+
+
 def test_a_box_refuses_nonsense():
     for low, high in [(1, 0), (1, 1), (0, math.inf), (math.nan, 1)]:
         with pytest.raises(ValueError, match=r"must be finite, and low below high, as in Box\(-0.5, 0.5\)"):

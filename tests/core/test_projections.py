@@ -259,5 +259,5 @@ def test_the_derivative_of_a_projection_is_that_of_its_formula():
 def test_entries_are_projected_one_by_one(most):
     x = np.asarray([[-2.0, 0.5, 7.0, np.nan]])
     wanted = [[0.0, 0.5, min(7.0, most), np.nan]]
-    found = projections.project_nonnegative(x) if most == math.inf else projections.project_box(x, 0.0, most)
+    found = projections.project_interval(x, 0.0, most)
     np.testing.assert_allclose(found, wanted, rtol=1e-15)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from projgd import MaxNorm, Stacked, report
-from projgd.torch import ProjectedAdamW, ProjectedSGD, constrain, declared, hyperball, lora_pairs
+from projgd.torch import ProjectedAdam, ProjectedAdamW, ProjectedSGD, constrain, declared, hyperball, lora_pairs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 BLOCKS = {
@@ -432,6 +432,35 @@ def test_eegnet_of_braindecode():
     for name, c in bounds.items():
         p = model.get_parameter(name)
         assert_held(stored(p), c, tuple(range(1, p.ndim)))
+
+
+def test_eegnet_trains_as_with_the_constraints_of_keras():
+    """The published model has max_norm(1.) on the spatial filters and max_norm(0.25) on the classifier."""
+    from torch.nn.utils.parametrize import remove_parametrizations
+
+    bounds = {"conv_spatial.weight": 1.0, "final_layer.linearconstraint.weight": 0.25}
+    model = eegnet()
+    for name in bounds:
+        remove_parametrizations(model.get_submodule(name.rsplit(".", 1)[0]), "weight")
+    model.eval()  # no dropout, and fixed statistics
+    theirs = copy.deepcopy(model)
+    rules = {"conv_spatial.weight": MaxNorm(1.0), "final_layer.*.weight": MaxNorm(0.25)}
+    optimizer, plain = ProjectedAdam(model, lr=0.1, constraint=rules), torch.optim.Adam(theirs.parameters(), lr=0.1)
+    for _ in range(10):
+        step(model, optimizer, eeg_loss)
+        step(theirs, plain, eeg_loss)
+        for name, c in bounds.items():
+            w = theirs.get_parameter(name).data
+            norms = w.square().sum(tuple(range(1, w.ndim)), keepdim=True).sqrt()
+            w.mul_(norms.clamp(0, c) / (1e-7 + norms))  # Keras's formula; a filter of PyTorch is its axis 0
+            p = stored(model.get_parameter(name))
+            assert norms_of(p, tuple(range(1, p.ndim))).max() <= c
+    assert optimizer.constraints()["conv_temporal.weight"] is None
+    for name, c in bounds.items():
+        p = model.get_parameter(name)
+        assert norms_of(stored(p), tuple(range(1, p.ndim))).max() >= c * (1 - 1e-5)  # it binds
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
 def test_eegnet_keeps_its_own_parametrization():

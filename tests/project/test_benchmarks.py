@@ -55,3 +55,15 @@ def test_keras_trains_in_a_process_of_its_own_with_the_backend_asked_for(monkeyp
     times = keras_step.measured("jax", "mlp", "SGD", seconds=0.05, threads=1)
     assert [bound for _, bound in times] == [None, *BOUNDS]
     assert all(min(taken) > 0 for taken in times.values())
+
+
+def test_libraries_project_the_same_rows():
+    from benchmarks import libraries
+
+    rows = libraries.by_rows("L1Ball(8)", seconds=0.0, side=64)
+    assert len(rows) == 2 * 5
+    assert all(row["error"] < 1e-3 for row in rows)
+    assert all(row["over"] <= 0 for row in rows if row["way"].startswith("projgd"))
+    steps = libraries.by_steps("small", seconds=0.0)
+    assert [row["set"].split("(")[0] for row in steps] == ["Box", "NonNegative", "KeepSign"]
+    assert libraries.table(rows + steps).count("\n") == 2 + 10 + 2 + 3

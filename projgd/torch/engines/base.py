@@ -7,6 +7,7 @@ optimizer's update. `projgd.torch.routing` has the table of engines, best first,
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from projgd import metrics
 from projgd.axes import Vectors
 from projgd.bands import Band
 from projgd.constraints import Constraint
+from projgd.entries import EntrySet
+from projgd.projections import project_interval
 from projgd.sums import FLOATS, FloatType
 from projgd.torch.metrics import Metric
 from projgd.updates import Update
@@ -203,6 +206,9 @@ def project_by_reference(p: Tensor, job: Job) -> None:
     if vectors is None:
         return
     constraint = job.bound(p)
+    if isinstance(constraint, EntrySet) and _can_clamp(p, job):
+        clamp_(p, job, vectors)
+        return
     w = p.clone() if torch.is_grad_enabled() else p  # autograd needs the value before the projection
     x = w.reshape(vectors.shape)
     projection = constraint.onto(x, vectors.axes, xp, moved=True)
@@ -216,6 +222,51 @@ def project_by_reference(p: Tensor, job: Job) -> None:
     if job.skip is not None:  # `where` runs on the device; reading `skip` would wait for it
         projection = torch.where(job.skip.to(p.device) > 0, p, projection)
     p.copy_(projection)
+
+
+def _can_clamp(p: Tensor, job: Job) -> bool:
+    """Return whether no graph follows the projection, and no flag on a device decides about it."""
+    is_plain = type(p) in PLAIN and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_plain and (job.skip is None or p.device.type == "cpu")
+
+
+PIECE = 2**17
+"""This many entries, with their bounds, stay in a cache."""
+
+
+def clamp_(p: Tensor, job: Job, vectors: Vectors) -> None:
+    """Project a tensor onto a set of entries in place, without a second array of its size.
+
+    Args:
+        p: the tensor.
+        job: the job, whose constraint is an `EntrySet`.
+        vectors: the vectors of the tensor.
+    """
+    constraint, initial = job.bound(p), job.radii.get(p)
+    assert isinstance(constraint, EntrySet)
+    ends: tuple[Any, Any] = (None, None)
+    if initial is None:
+        ends = least, most = constraint.interval(p.reshape(vectors.shape), vectors.axes, xp)
+        if isinstance(least, float) and isinstance(most, float):
+            p.clamp_(None if least == -math.inf else least, None if most == math.inf else most)
+            return
+    if not p.ndim or tuple(p.shape) != vectors.shape:
+        p.copy_(constraint.onto(p.reshape(vectors.shape), vectors.axes, xp).reshape(p.shape))
+        return
+    height = max(1, PIECE * len(p) // p.numel())
+    for start in range(0, len(p), height):
+        rows = slice(start, start + height)
+        if initial is None:
+            least, most = (t[rows] if isinstance(t, Tensor) and t.ndim == p.ndim and len(t) > 1 else t for t in ends)
+            q = project_interval(p[rows], least, most, xp)
+        else:
+            q = constraint.bind(initial.reshape(_kept(p, constraint, vectors))[rows]).onto(p[rows], vectors.axes, xp)
+        p[rows].copy_(q)
+
+
+def _kept(p: Tensor, constraint: Constraint, vectors: Vectors) -> list[int]:
+    """Return the shape of what a set has taken from the initial weights."""
+    return [1 if a in vectors.axes and not constraint.keeps_entries else n for a, n in enumerate(p.shape)]
 
 
 def _can_look(x: Tensor) -> bool:

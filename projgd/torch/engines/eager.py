@@ -241,8 +241,8 @@ def _joined_band(job: Job, arrays: list[_Array]) -> Band | None:
         return torch.cat([n.expand(high.shape).reshape(-1) for n, high in numbers])
 
     is_ball = isinstance(bands[0].low, float)
-    below = {} if is_ball else {"low": join("low"), "up": join("up")}
-    return dataclasses.replace(bands[0], high=join("high"), down=join("down"), **below)
+    joined = dataclasses.replace(bands[0], high=join("high"), down=join("down"))
+    return joined if is_ball else dataclasses.replace(joined, low=join("low"), up=join("up"))
 
 
 def _squares_fit(band: Band) -> bool:

@@ -8,6 +8,9 @@ merging fails where the optimizer has momentum: KeyError in codegen_outer_loop_n
 The norm is that of the stored weights, because the same arithmetic is done twice. If a device contracts a product and a
 sum in one of the two, a norm differs by a unit of ‖update‖, which is far less than the guard allows. Weights in 16-bit
 types would be rounded in one and not in the other, so an operator projects them as a whole.
+
+A set that is no set of norms is projected by an operator, too, because it may iterate. Only intervals of numbers are
+left to the graph.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from torch import Tensor
 from projgd.axes import Vectors
 from projgd.config import from_config
 from projgd.constraints import Constraint, NormSet
+from projgd.entries import EntrySet
 from projgd.sums import FLOATS
 from projgd.torch.engines.base import PLAIN, Engine, Job
+from projgd.values import Values
 
 
 class Graph(Engine):
@@ -38,15 +43,27 @@ class Graph(Engine):
             return "it projects in the Euclidean metric only"
         if type(p) not in PLAIN or p.device.type not in ("cpu", "cuda") or not p.numel():
             return "it takes tensors with entries on cpu and cuda that are no subclasses"
-        if p.dtype == torch.float64 or job.skip is not None:
-            return "it takes float32 and shorter types, without GradScaler"
-        vectors = job.vectors(p)
-        if vectors is None or not vectors.axes or not isinstance(job.constraint, NormSet):
-            return f"{job.constraint} is not a set of norms"
+        if job.skip is not None or (p.dtype == torch.float64 and isinstance(job.constraint, NormSet)):
+            return "it takes no GradScaler, and norms of float32 and shorter types"
+        if isinstance(job.constraint, EntrySet) and not any(
+            _is_array(job.constraint, k) for k in job.constraint.arrays
+        ):
+            return "the compiler makes a clamp of it"
         return None
 
     def run(self, prepared: None, job: Job, params: Sequence[Tensor]) -> None:
         assert job.constraint is not None
+        if not isinstance(job.constraint, NormSet):
+            c = torch.full((1,), 1.0, dtype=torch.float64, device="cpu")
+            number = c if job.constraint.moving_c is None else c * job.constraint.moving_c
+            for p in params:
+                vectors = job.vectors(p)
+                assert vectors is not None
+                initial = job.radii[p] if p in job.radii else torch.empty(0, device=p.device)
+                _onto_opaque(
+                    p, _remember(job.group["constraint"]), number, initial, list(vectors.shape), list(vectors.axes)
+                )
+            return
         by_device = itertools.groupby(sorted(params, key=lambda p: str(p.device)), key=lambda p: p.device)
         for _, some in by_device:
             group = list(some)
@@ -58,6 +75,35 @@ class Graph(Engine):
                 if p.dtype != torch.float32 and vectors is not None:
                     radii = job.radii[p] if p in job.radii else torch.empty(0, device=p.device)
                     _project_opaque(p, *_describe(job.constraint), radii, list(vectors.shape), list(vectors.axes))
+
+
+def _is_array(constraint: Constraint, key: str) -> bool:
+    return isinstance(getattr(constraint, key), Values)
+
+
+_remembered: list[Constraint] = []
+"""The sets that compiled graphs name by their place here."""
+
+
+def _remember(constraint: Constraint) -> int:
+    """Return the place of a set in `_remembered`."""
+    if constraint not in _remembered:
+        _remembered.append(constraint)
+    return _remembered.index(constraint)
+
+
+# A group with another set gets another graph. `torch.compiler.assume_constant_result` sets this, and imports Triton.
+setattr(_remember, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+@torch.library.custom_op("projgd::onto_", mutates_args=("p",))
+def _onto_opaque(p: Tensor, place: int, c: Tensor, initial: Tensor, shape: list[int], axes: list[int]) -> None:
+    constraint = _remembered[place]
+    if constraint.moving_c is not None:
+        constraint = constraint.replace(c=c.item())
+    if constraint.takes_initial:
+        constraint = constraint.bind(initial)
+    p.copy_(constraint.onto(p.reshape(shape), tuple(axes), xp, moved=True).reshape(p.shape))
 
 
 def _project(params: Sequence[Tensor], job: Job) -> None:

@@ -250,7 +250,7 @@ def take_initial(p: DTensor, constraint: Constraint, vectors: Vectors, name: str
 
     if spread_over(p, constraint.axis):
         refuse_spread(p, constraint, False, name)
-    taken = constraint.initial(p.detach().to_local(), vectors.axes, name, xp)
+    taken = constraint.initial(p.to_local().detach(), vectors.axes, name, xp)
     if taken is None:
         return None
     shape = [n if constraint.keeps_entries or a not in vectors.axes else 1 for a, n in enumerate(p.shape)]

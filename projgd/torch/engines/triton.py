@@ -207,15 +207,15 @@ def _bands(job: Job, params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], T
     step of 0, unless a set has taken a radius from each row.
     """
     bands = [job.band(p) or _STAYS for p in params]
-    shared = list(dict.fromkeys([_STAYS, *(b for b in bands if not isinstance(b.low, Tensor))]))
+    shared = list(dict.fromkeys([_STAYS, *(b for b in bands if not isinstance(b.high, Tensor))]))
     flat = [float(x) for b in shared for x in (b.low, b.high, b.up, b.down, b.pull)]
     places, tables, count = [], [_write(flat, params[0].device, torch.float64)], len(shared)
     for b in bands:
-        places.append((count, 1) if isinstance(b.low, Tensor) else (shared.index(b), 0))
-        if isinstance(b.low, Tensor):
-            numbers = [x + torch.zeros_like(b.low).double() for x in (b.low, b.high, b.up, b.down, b.pull)]
+        places.append((count, 1) if isinstance(b.high, Tensor) else (shared.index(b), 0))
+        if isinstance(b.high, Tensor):
+            numbers = [x + torch.zeros_like(b.high).double() for x in (b.low, b.high, b.up, b.down, b.pull)]
             tables.append(torch.stack(numbers, -1).reshape(-1))
-            count += b.low.numel()
+            count += b.high.numel()
     return places, torch.cat(tables)
 
 
