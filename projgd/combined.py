@@ -170,6 +170,7 @@ def _step_inside(near: Array, start: Array, least: Array | float, most: Array | 
     Rounding to nearest may leave the interval by half a step of the dtype. Up to two steps towards the inside enter it.
     """
     kind = float_type(near)
+    near = xp.where(xp.isfinite(near), near, xp.astype(start, near.dtype))  # what is not finite stays, see `onto`
     for _ in range(2):
         above, below = _outside(xp.astype(near, start.dtype), start, least, most, xp)
         step = xp.abs(xp.astype(near, start.dtype)) * (1.01 * kind.unit) + 0.505 * kind.spacing
@@ -183,11 +184,12 @@ def _step_inside(near: Array, start: Array, least: Array | float, most: Array | 
 
 
 def _outside(x: Array, start: Array, least: Array | float, most: Array | float, xp: Any) -> tuple[Array, Array]:
-    """Return whether x - w₀ is above one value or below another, without rounding.
+    """Return whether x - w₀ is above one value or below another, without rounding; false where x is not finite.
 
     References:
         O. Møller, *Quasi double-precision in floating point addition*, BIT 5, 1965 (the error of a difference).
     """
+    x = xp.where(xp.isfinite(x), x, start)
     distance = x - start
     back = distance - x
     error = (x - (distance - back)) - (start + back)
