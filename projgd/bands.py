@@ -23,7 +23,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from projgd.axes import Vectors
-from projgd.sums import FLOATS, Array, FloatType, Scalar, guard, norm_error
+from projgd.sums import FLOATS, Array, FloatType, Scalar, guard, norm_error, sum_error
 
 COARSE = 2.5e-4
 """The share of c above which an error of rounding to float16 near zero makes rounding to nearest too loose."""
@@ -192,7 +192,7 @@ def l1_ball_band(kind: FloatType, vectors: Vectors, c: Scalar) -> Band:
     Raises:
         ValueError: a number that is too small for the arithmetic.
     """
-    error = 2 * guard(kind, vectors)  # a square root halves the error of a sum
+    error = sum_error(kind, vectors)
     c, down = _within(kind, c, error, vectors.length * kind.tiny)
     return Band(0.0, c * (1 - error), 0.0, down)
 
@@ -210,7 +210,7 @@ def l1_sphere_band(kind: FloatType, vectors: Vectors, total: Scalar) -> Band:
     """
     if isinstance(total, (int, float)):
         check_radius(total, kind, "total")
-    width = (kind.unit + 6 * guard(kind, vectors)) * total + vectors.length * kind.tiny
+    width = (kind.unit + 3 * sum_error(kind, vectors)) * total + vectors.length * kind.tiny
     return Band(total - width, total + width, total, total)
 
 

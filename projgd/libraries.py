@@ -67,7 +67,9 @@ def call_if(flag: Any, f: Callable[..., None], *numbers: Any, xp: ModuleType) ->
 
         if isinstance(flag, jax.core.Tracer):
             # Under vmap both branches run, so the flag is read once more (`test_the_warning_of_an_intersection`).
-            jax.lax.cond(flag, lambda: jax.debug.callback(functools.partial(_call_once_more, f), flag, *numbers), lambda: None)
+            jax.lax.cond(
+                flag, lambda: jax.debug.callback(functools.partial(_call_once_more, f), flag, *numbers), lambda: None
+            )
             return
     if bool(flag):
         f(*numbers)

@@ -152,8 +152,13 @@ class BoxSection(VectorSet):
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         xp = xp or array_namespace(x)
-        ends = self._box.interval(x, axes, xp)
-        return projections.project_box_section(x, ends, _numbers(self, x, xp), axes, xp)
+        ends = [xp.full((), e, dtype=x.dtype) if isinstance(e, float) else e for e in self._box.interval(x, axes, xp)]
+        a, b = _numbers(self, x, xp)
+
+        def onto(x: Array, least: Array, most: Array, a: Array, b: Array) -> Array:
+            return projections.project_box_section(x, (least, most), (a, b), axes, xp)
+
+        return projections.by_pieces(onto, x, *ends, a, b, axes=axes, xp=xp)
 
     @property
     def _box(self) -> Box:

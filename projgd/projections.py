@@ -12,12 +12,24 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_namespace
 
 from projgd.axes import Vectors
 from projgd.bands import Band
 from projgd.libraries import repeat, still
-from projgd.sums import FLOATS, Array, FloatType, Scalar, float_type, guard, root, running_sum, scale, tree_sum
+from projgd.sums import (
+    FLOATS,
+    Array,
+    FloatType,
+    Scalar,
+    float_type,
+    guard,
+    root,
+    running_sum,
+    scale,
+    sum_error,
+    tree_sum,
+)
 
 
 def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
@@ -196,7 +208,7 @@ def project_plane(x: Array, a: Array, b: Array, axes: tuple[int, ...], xp: Modul
     finite, unit = xp.isfinite(size), xp.where(size > 2.0**40, xp.full_like(size, 2.0**-72), xp.ones_like(size))
     w = xp.where(finite, w * unit, xp.zeros_like(w))  # no product overflows
     b = b * unit
-    error = 4 * guard(kind, vectors)
+    error = 2 * sum_error(kind, vectors)
     square = tree_sum(a * a + xp.zeros_like(w), axes, xp)
 
     def excess(y: Array) -> tuple[Array, Array]:
@@ -259,7 +271,7 @@ def project_box_section(
     unit = xp.where(size > 2.0**40, xp.full_like(size, 2.0**-72), xp.ones_like(size))  # no product overflows
     w, b = w * unit, b * unit
     least, most = ((end if isinstance(end, float) else xp.astype(end, a.dtype)) * unit + 0 * w for end in ends)
-    error = 2 * kind.unit + 4 * guard(kind, vectors)
+    error = 2 * kind.unit + 2 * sum_error(kind, vectors)
 
     section = _Section(a, b, least, most, axes, xp)
     y, gap, reach = section.at(w, xp.zeros_like(size))
@@ -369,6 +381,35 @@ def project_affine(x: Array, point: Array, basis: Array, axes: tuple[int, ...], 
     for _ in range(2):  # the second time for what the first left by rounding
         y = y - ((y - target) @ basis.T) @ basis
     return xp.where(back(moves & (rows == rows)), back(_store(y, unit, x, xp)), x)
+
+
+PIECE = 2**17
+"""This many entries stay in a cache with the arrays that an iteration makes of them."""
+
+
+def by_pieces(f: Callable[..., Array], x: Array, *beside: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:
+    """Return f(x, *beside), computed for some vectors at a time, so that what f repeats stays in a cache.
+
+    JAX takes everything at once, because XLA fuses the operations. So does an array whose first axis is in a vector.
+
+    Args:
+        f: returns an array of the shape of its first argument, each vector from itself alone.
+        x: an array.
+        beside: arrays that broadcast against it.
+        axes: the non-negative axes that make one vector.
+        xp: the array namespace of `x`.
+    """
+    size = math.prod(x.shape)
+    if is_jax_namespace(xp) or 0 in axes or size <= 2 * PIECE:
+        return f(x, *beside)
+    height = max(1, PIECE * x.shape[0] // size)
+    tall = [len(t.shape) == len(x.shape) and t.shape[0] > 1 for t in beside]
+
+    def piece(start: int) -> Array:
+        rows = slice(start, start + height)
+        return f(x[rows], *(t[rows] if cut else t for t, cut in zip(beside, tall, strict=True)))
+
+    return xp.concat([piece(start) for start in range(0, x.shape[0], height)], axis=0)
 
 
 def largest_entries(size: Array, k: int, axes: tuple[int, ...], xp: ModuleType) -> Array:

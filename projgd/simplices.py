@@ -20,7 +20,7 @@ from projgd import bands
 from projgd.axes import Axis, Vectors
 from projgd.bands import Band
 from projgd.constraints import VectorSet, positive
-from projgd.projections import largest_entries, project_simplex
+from projgd.projections import by_pieces, largest_entries, project_simplex
 from projgd.sums import Array, FloatType, Scalar, float_type, norm, scale, tree_sum
 
 
@@ -55,7 +55,8 @@ class Simplex(VectorSet):
         object.__setattr__(self, "axis", _axes.check(self.axis))
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        return _onto_simplex(x, self.total, None, axes, xp or array_namespace(x))
+        xp = xp or array_namespace(x)
+        return by_pieces(lambda x: _onto_simplex(x, self.total, None, axes, xp), x, axes=axes, xp=xp)
 
     def fit(self, kind: FloatType, vectors: Vectors, name: str) -> None:
         bands.l1_sphere_band(kind, vectors, self.total)
@@ -104,7 +105,8 @@ class SparseSimplex(VectorSet):
         return False
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        return _onto_simplex(x, self.total, self.k, axes, xp or array_namespace(x))
+        xp = xp or array_namespace(x)
+        return by_pieces(lambda x: _onto_simplex(x, self.total, self.k, axes, xp), x, axes=axes, xp=xp)
 
     def fit(self, kind: FloatType, vectors: Vectors, name: str) -> None:
         bands.l1_sphere_band(kind, vectors, self.total)
@@ -153,8 +155,12 @@ class TopK(VectorSet):
         xp = xp or array_namespace(x)
         if 0 in x.shape:
             return x
-        stays = largest_entries(xp.abs(x), self.k, axes, xp) | ~_is_finite(x, axes, xp)
-        return xp.where(stays | (x == 0), x, xp.zeros_like(x))
+
+        def onto(x: Array) -> Array:
+            stays = largest_entries(xp.abs(x), self.k, axes, xp) | ~_is_finite(x, axes, xp)
+            return xp.where(stays | (x == 0), x, xp.zeros_like(x))
+
+        return by_pieces(onto, x, axes=axes, xp=xp)
 
     def fit(self, kind: FloatType, vectors: Vectors, name: str) -> None:
         _refuse_more(self, self.k, vectors, name)
@@ -188,8 +194,10 @@ class SumSet(VectorSet):
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         xp = xp or array_namespace(x)
-        if 0 in x.shape:
-            return x
+        return x if 0 in x.shape else by_pieces(lambda x: self._onto(x, axes, xp), x, axes=axes, xp=xp)
+
+    def _onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> Array:
+        """Project some vectors."""
         band = self.l1_band(float_type(x), Vectors(tuple(x.shape), axes))
         z, r = scale(x, axes, xp)
         moves, goal, _ = band.targets(tree_sum(xp.abs(z), axes, xp), r, xp)

@@ -284,6 +284,19 @@ def norm_error(kind: FloatType, vectors: Vectors) -> float:
     return (depth / 2 + 6) * FLOATS[kind.compute].unit
 
 
+def sum_error(kind: FloatType, vectors: Vectors) -> float:
+    """Return a bound on the relative error of a sum of magnitudes by `tree_sum`: the depth of the tree, plus 6.
+
+    Args:
+        kind: the stored dtype.
+        vectors: the shape of the array, and the axes that make one vector.
+
+    Returns:
+        The bound, a share of the sum.
+    """
+    return 2 * norm_error(kind, vectors) - 6 * FLOATS[kind.compute].unit
+
+
 def guard(kind: FloatType, vectors: Vectors) -> float:
     """Return the relative error that a norm may have, whether `norm` or an engine computes it.
 

@@ -28,6 +28,7 @@ from projgd.projections import project_interval
 from projgd.sums import FLOATS, FloatType
 from projgd.torch.metrics import Metric
 from projgd.updates import Update
+from projgd.values import Values
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of plain tensors, which are neither sharded nor wrapped."""
@@ -196,8 +197,31 @@ class Reference(Engine):
         return None
 
     def run(self, prepared: None, job: Job, params: Sequence[Tensor]) -> None:
+        small = [p for p in params if p.numel() <= SMALL] if _clamps_alike(job) else []
+        kinds = {p.dtype for p in small if _can_clamp(p, job)}
+        for kind in kinds:
+            some = [p for p in small if p.dtype == kind and _can_clamp(p, job)]
+            assert isinstance(job.constraint, EntrySet)
+            least, most = job.constraint.interval(some[0], (), xp)
+            if least != -math.inf:
+                torch._foreach_clamp_min_(some, least)
+            if most != math.inf:
+                torch._foreach_clamp_max_(some, most)
         for p in params:
-            project_by_reference(p, job)
+            if p.dtype not in kinds or p.numel() > SMALL or not _can_clamp(p, job):
+                project_by_reference(p, job)
+
+
+SMALL = 2**14
+"""Parameters with so many entries are clamped in one call for all: one call for each would take longer."""
+
+
+def _clamps_alike(job: Job) -> bool:
+    """Return whether the set of a job is one interval of two numbers for all entries of a dtype."""
+    constraint = job.constraint
+    arrays = [getattr(constraint, key) for key in constraint.arrays] if constraint is not None else []
+    is_alike = isinstance(constraint, EntrySet) and constraint.axis == "entries" and not constraint.takes_initial
+    return is_alike and not any(isinstance(end, Values) for end in arrays)
 
 
 def project_by_reference(p: Tensor, job: Job) -> None:
