@@ -21,6 +21,7 @@ from projgd.axes import Axis, Vectors
 from projgd.constraints import Constraint, NormSet, positive
 from projgd.entries import Box, EntrySet, NonNegative, NonPositive
 from projgd.libraries import call_if, repeat
+from projgd.projections import by_pieces
 from projgd.sums import Array, FloatType, Scalar, float_type
 
 
@@ -116,6 +117,13 @@ class Around(Constraint):
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         xp = xp or array_namespace(x)
+        if self.start is None or self.of.joins_vectors or self.of.arrays or isinstance(self.of, Intersection):
+            return self._onto(x, axes, xp, moved)
+        start = xp.reshape(xp.astype(self.start, x.dtype), x.shape)
+        return by_pieces(lambda x, w: self.bind(w)._onto(x, axes, xp, moved), x, start, axes=axes, xp=xp)
+
+    def _onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType, moved: bool) -> Array:
+        """Project some vectors; `start` has theirs."""
         start, of = self._parts(x, axes, xp)
         wide = xp.astype(x, start.dtype, copy=False)
         finite = xp.isfinite(wide)

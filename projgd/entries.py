@@ -54,9 +54,8 @@ class EntrySet(Constraint):
 
     def outside(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
-        least, most = (_as_array(end, x, xp) for end in self.interval(x, axes, xp))
-        within = xp.where(xp.isnan(x), x, xp.zeros_like(x))
-        distance = xp.where(x < least, least - x, xp.where(x > most, x - most, within))
+        q = projections.project_interval(x, *self.interval(x, axes, xp), xp)
+        distance = xp.where(x == q, xp.zeros_like(x), xp.abs(x - q))
         return norm(distance, axes, xp) if axes else distance
 
     def rounding_interval(
@@ -68,11 +67,6 @@ class EntrySet(Constraint):
             max(least, -ends) if isinstance(least, float) else xp.where(xp.isinf(least), -ends, least),
             min(most, ends) if isinstance(most, float) else xp.where(xp.isinf(most), ends, most),
         )
-
-
-def _as_array(end: Array | float, x: Array, xp: ModuleType) -> Array:
-    """Return an end of an interval as an array: a comparison with a Python number would round it, outwards too."""
-    return xp.full_like(x, end) if isinstance(end, float) else end
 
 
 @dataclass(frozen=True)
@@ -363,7 +357,7 @@ class KeepSign(EntrySet):
             raise ValueError(
                 f"{self} has no signs outside an optimizer, which takes them from the weights at the start"
             )
-        free, zero = xp.full_like(x, math.inf), xp.zeros_like(x)
+        free, zero = xp.full_like(x, float_type(x).largest), xp.zeros_like(x)
         return xp.where(self.signs < 0, -free, zero), xp.where(self.signs > 0, free, zero)
 
 
@@ -400,10 +394,16 @@ class KeepZeros(EntrySet):
         object.__setattr__(bound, "mask", initial)
         return bound
 
+    def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
+        if self.mask is None:
+            return super().onto(x, axes, xp)  # raises the error
+        xp = xp or array_namespace(x)
+        return xp.where((self.mask != 0) | xp.isnan(x), x, xp.zeros_like(x))
+
     def interval(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
         if self.mask is None:
             raise ValueError(f"{self} has no mask outside an optimizer, which takes it from the weights at the start")
-        most = xp.where(self.mask != 0, xp.full_like(x, math.inf), xp.zeros_like(x))
+        most = xp.where(self.mask != 0, xp.full_like(x, float_type(x).largest), xp.zeros_like(x))
         return -most, most
 
 

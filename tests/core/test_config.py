@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 
 from projgd import (
-    Box,
     Constraint,
     MaxNorm,
     MaxUpdate,
     MinMaxNorm,
-    NonNegative,
     ProductMaxNorm,
     QKClip,
     RadialBrake,
@@ -25,9 +23,10 @@ from projgd import (
     from_config,
 )
 from projgd.config import Configured
+from tests.sets import SETS as TABLE
 
 SETS = [MaxNorm(3.0, (0, 1)), MinMaxNorm(1, 2, 0.5, 0), Sphere("initial", None), Sphere(2.0, "matrix"), UnitNorm(0)]
-SETS += [NonNegative(), Box(-1, 2)]
+SETS += [case.make() for case in TABLE.values()]
 JOINT = [ProductMaxNorm(1.5, 2.0), QKClip(100, 0.3, heads=8, k_heads=2), TreeBall(4)]
 SHAPINGS = [
     RelativeUpdate(),

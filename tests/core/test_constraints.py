@@ -305,14 +305,19 @@ def test_a_box_with_infinite_bounds_warns_of_nothing():
 
 
 def test_a_box_refuses_nonsense():
-    for low, high in [(1, 0), (1, 1), (0, math.inf), (math.nan, 1)]:
-        with pytest.raises(ValueError, match=r"must be finite, and low below high, as in Box\(-0.5, 0.5\)"):
+    for low, high in [(1, 0), (math.inf, None), (None, -math.inf), ([0.0, 2.0], 1.0), ([0.0, 2.0], [[3.0, 1.0]])]:
+        with pytest.raises(ValueError, match=r"Box\(.*\) is empty: "):
             Box(low, high)
-    with pytest.raises(ValueError, match=r"for a lower bound of 0 alone pass NonNegative\(\)"):
-        Box(0, math.inf)
-    for low, high, name in [([0.0, -1.0], 1.0, "low"), (0, None, "high"), ("a", 1, "low"), (np.ones(3), 2, "low")]:
-        with pytest.raises(TypeError, match=rf"{name}=.* is not a number: pass one for all entries, such as Box"):
+    with pytest.raises(ValueError, match=r"Box\(\) bounds nothing: pass low=, high= or both, such as Box\(-0.5, 0.5\)"):
+        Box(-math.inf, None)
+    for low, high in [(math.nan, 1), (0.0, [1.0, math.nan])]:
+        with pytest.raises(ValueError, match=r"is not a number|holds NaN"):
             Box(low, high)
+    for low, high, name in [("a", 1, "low"), (0.0, True, "high"), ([0.0, "a"], 1, "low")]:
+        with pytest.raises(TypeError, match=rf"{name}.* is not a number"):
+            Box(low, high)
+    with pytest.raises(ValueError, match="do not broadcast against each other"):
+        Box([0.0, 1.0], [2.0, 3.0, 4.0])
 
 
 # --------------------------------------------------------------------------------------------------- a set of one's own

@@ -127,7 +127,7 @@ class Reveal(Constraint):
     def onto_in(self, metric, x, axes, xp=None, repeat=None):
         return metric
 
-    def rounding_interval(self, q, p, norm, xp):
+    def rounding_interval(self, q, p, axes, norm, xp):
         return -abs(q), abs(q)
 
 

@@ -172,7 +172,7 @@ class Cube(Constraint):
 class Rounded(Cube):
     """The same set, which says it."""
 
-    def rounding_interval(self, q, p, norm, xp):
+    def rounding_interval(self, q, p, axes, norm, xp):
         return 1.0, 2.0
 
 
@@ -190,7 +190,7 @@ def test_a_set_of_ones_own_is_right_or_refused():
 class Loose(Box):
     """A box whose points may be moved beyond its ends by rounding: what a chain did before."""
 
-    def rounding_interval(self, q, p, norm, xp):
+    def rounding_interval(self, q, p, axes, norm, xp):
         return -abs(q), abs(q)
 
 

@@ -249,9 +249,9 @@ def project_by_reference(p: Tensor, job: Job) -> None:
 
 
 def _can_clamp(p: Tensor, job: Job) -> bool:
-    """Return whether no graph follows the projection, and no flag on a device decides about it."""
+    """Return whether no graph follows the projection, and no flag decides about it."""
     is_plain = type(p) in PLAIN and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return is_plain and (job.skip is None or p.device.type == "cpu")
+    return is_plain and job.skip is None
 
 
 PIECE = 2**17
