@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from array_api_compat import array_namespace, is_jax_namespace
+from array_api_compat import array_namespace, is_jax_namespace, is_torch_namespace
 
 from projgd.axes import Vectors
 from projgd.bands import Band
@@ -73,7 +73,7 @@ def project_band(x: Array, band: Band, axes: tuple[int, ...], xp: ModuleType | N
     return xp.where(moves, stored, x)
 
 
-def project_interval(x: Array, least: Array | float, most: Array | float, xp: ModuleType | None = None) -> Array:
+def project_interval(x: Array, least: Array | float, most: Array | float, xp: Any = None) -> Array:
     """Return the nearest array whose every entry lies between two values: min(max(x, least), most). NaN stays NaN.
 
     Args:
@@ -91,6 +91,9 @@ def project_interval(x: Array, least: Array | float, most: Array | float, xp: Mo
     array([-1. ,  0.5,  1. ])
     """
     xp = xp or array_namespace(x)
+    if is_torch_namespace(xp) and not isinstance(least, float) and not isinstance(most, float):
+        y = xp.clamp(x, least, most)  # two comparisons would take longer
+        return xp.where(y == x, x, y)  # 0 may have got another sign
     if not (isinstance(least, float) and least == -math.inf):
         least = xp.full_like(x, least) if isinstance(least, float) else least
         x = xp.where(x < least, least, x)
@@ -162,16 +165,20 @@ def project_simplex(x: Array, total: Scalar, axes: tuple[int, ...], xp: ModuleTy
     def newton(state: tuple[Array, Array]) -> tuple[Array, Array]:
         _, tau = state
         over = xp.maximum(constant - tau, xp.zeros_like(tau))
-        count = tree_sum(xp.astype(over > 0, z.dtype), axes, xp)
-        step = (tree_sum(over, axes, xp) - total) / xp.maximum(count, xp.ones_like(count))
+        # Plain sums, because an error of τ is corrected below. PyTorch compares numbers slowly.
+        count = xp.sum(xp.sign(over), axis=axes, keepdims=True)
+        step = (xp.sum(over, axis=axes, keepdims=True) - total) / xp.maximum(count, xp.ones_like(count))
         return xp.all(step <= tau_unit), xp.where(step > 0, tau + step, tau)
 
     tau_unit = 4 * FLOATS[str(z.dtype).removeprefix("torch.")].unit * still(total, xp)
     tau = repeat(NEWTON_STEPS, newton, (xp.asarray(False), -still(total, xp)), xp)[1]
-    active = constant > tau
-    count = tree_sum(xp.astype(active, z.dtype), axes, xp)
-    # Once more in a form whose derivative is that of the projection: the entries above τ are constant.
-    tau = (tree_sum(xp.where(active, z, xp.zeros_like(z)), axes, xp) - total) / count
+    for _ in range(2):
+        active = constant > still(tau, xp)
+        count = tree_sum(xp.astype(active, z.dtype), axes, xp)
+        # A form whose derivative is that of the projection: the entries above τ are constant.
+        tau = (tree_sum(xp.where(active, z, xp.zeros_like(z)), axes, xp) - total) / xp.maximum(
+            count, xp.ones_like(count)
+        )
     return xp.maximum(z - tau, xp.zeros_like(z))
 
 
