@@ -290,8 +290,10 @@ class RelativeBox(EntrySet):
         xp = xp or array_namespace(x)
         over = axes if self.per == "vector" else tuple(range(len(x.shape)))
         norms_of(x, over, name, f"{self} takes a multiple of the largest entry", xp)  # raises the error
-        largest = xp.max(xp.abs(x), axis=over, keepdims=True) if over and 0 not in x.shape else xp.abs(x)
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        if 0 in x.shape:  # as on a rank without rows
+            return xp.zeros(shape, dtype=x.dtype)
+        largest = xp.max(xp.abs(x), axis=over, keepdims=True) if over else xp.abs(x)
         return xp.broadcast_to(largest, shape) + xp.zeros(shape, dtype=x.dtype)
 
     def bind(self, initial: Array) -> RelativeBox:

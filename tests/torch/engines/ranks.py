@@ -296,6 +296,33 @@ class Odd(Constraint):
         return x
 
 
+def check_every_set_with_whole_vectors(ranks, **_):
+    """Rows that four ranks cannot share evenly: the weights of one process, also from a state that was loaded."""
+    from tests.sets import SETS, start
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    for name, case in SETS.items():
+        set_, w0 = case.make(), torch.tensor(start(), dtype=torch.float32)
+        spread = nn.Parameter(distribute_tensor(w0.clone(), mesh, [Shard(0)]))
+        if set_.joins_vectors or 0 in (set_.axis if isinstance(set_.axis, tuple) else ()):
+            with pytest.raises(ValueError, match="is sharded"):
+                ProjectedSGD([spread], lr=0.5, constraint=set_)
+            continue
+        params = [nn.Parameter(w0.clone()), spread]
+        optimizers = [ProjectedSGD([p], lr=0.5, constraint=case.make()) for p in params]
+        for k in range(3):
+            g = torch.randn(w0.shape, generator=torch.Generator().manual_seed(k))
+            for p, optimizer in zip(params, optimizers, strict=True):
+                p.grad = distribute_tensor(g.clone(), mesh, [Shard(0)]) if p is spread else g.clone()
+                optimizer.step()
+            state = optimizers[1].state_dict()
+            optimizers[1] = ProjectedSGD([spread], lr=0.5, constraint=case.make())
+            optimizers[1].load_state_dict(state)
+        torch.testing.assert_close(
+            whole(spread), params[0].data, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def check_refusals(ranks, **_):
     mesh = init_device_mesh("cpu", (ranks,))
     p = nn.Parameter(distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)]))
