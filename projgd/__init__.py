@@ -17,6 +17,7 @@ from projgd.joint import ProductMaxNorm, QKClip, TreeBall
 from projgd.planes import AffineSet, BoxSection, HalfSpace, Hyperplane
 from projgd.report import report
 from projgd.simplices import GroupL1Ball, L1Ball, L1Sphere, Simplex, SparseSimplex, TopK
+from projgd.suggestion import suggest
 from projgd.updates import MaxUpdate, RadialBrake, RelativeUpdate, TangentUpdate, Update
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ __all__ = [
     "from_config",
     "maxnorm_projection",
     "report",
+    "suggest",
 ]
 
 

@@ -22,7 +22,7 @@ from projgd.constraints import Constraint, NormSet, positive
 from projgd.entries import Box, EntrySet, NonNegative, NonPositive
 from projgd.libraries import call_if, repeat
 from projgd.projections import by_pieces
-from projgd.sums import Array, FloatType, Scalar, float_type
+from projgd.sums import Array, FloatType, Scalar, float_type, norm
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ class Around(Constraint):
         stays = stays | ~(xp.all(finite, axis=axes, keepdims=True) if axes else finite)
         stays = stays & ~far | ~finite
         # Rounded to the dtype, w₀ + q must not leave the set: an entry that would moves towards where it may be.
-        norms = _norms(axes, xp)
-        least, most = of.rounding_interval(q, y, axes, norms, xp)
+        least, most = of.rounding_interval(q, y, axes, lambda x: norm(x, axes, xp), xp)
         if isinstance(of, EntrySet):  # what is outside by less than the difference rounds
             stays = stays & ~xp.logical_or(*_outside(wide, start, least, most, xp))
         near = xp.astype(start + q, x.dtype)
@@ -159,16 +158,10 @@ class Around(Constraint):
         return xp.where(least < y, ends[0], q), xp.where(most > y, ends[1], q)
 
 
-def _norms(axes: tuple[int, ...], xp: ModuleType) -> Callable[[Array], Array]:
-    from projgd.sums import norm
-
-    return lambda x: norm(x, axes, xp)
-
-
 def _rounded(start: Array, end: Array, side: int, like: Array, kind: FloatType, xp: Any) -> Array:
     """Return start + end as a dtype has it, moved to one side by as much as rounding may be wrong."""
     total = xp.clip(start, -kind.largest, kind.largest) + xp.clip(end, -kind.largest / 4, kind.largest / 4)
-    slack = xp.abs(total) * (2 * kind.unit) + xp.abs(end) * 0.0 + 2 * kind.tiny
+    slack = xp.abs(total) * (2 * kind.unit) + 2 * kind.tiny
     return xp.astype(total + side * slack, like.dtype)
 
 

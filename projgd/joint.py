@@ -238,7 +238,8 @@ class Joint:
                     places = [i for i, name in enumerate(names) if rules.matches(member, name)]
                 if not places:
                     raise ValueError(
-                        f"{self.set} is over {member!r}, which no parameter is called{rules.suggest(member, names)}"
+                        f"{self.set} is over {member!r}, which no parameter is called"
+                        f"{rules.nearest_name(member, names)}"
                     )
             found += places
         if self.members and len(set(found)) < len(found) and not isinstance(self.set, TreeBall):

@@ -117,7 +117,7 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def nearest_name(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a question that names the known word nearest to `word`; an empty string if none is near."""
     near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=cutoff)
     return f": did you mean {near[0]!r}?" if near and abs(len(word) - len(near[0])) < 5 else ""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from projgd.rules import suggest
+from projgd.rules import nearest_name
 from projgd.torch import settings, shaping
 from projgd.torch.engines.base import PLAIN
 
@@ -39,7 +39,7 @@ def refuse_misspelt(optimizer: Any, kwargs: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{type(optimizer).__name__}() got an unexpected keyword argument {k!r}: pass c={kwargs[k]}"
             )
-        if k not in takes and (near := suggest(k, {*takes, *settings.KEYS})):
+        if k not in takes and (near := nearest_name(k, {*takes, *settings.KEYS})):
             raise TypeError(f"{type(optimizer).__name__}() got an unexpected keyword argument {k!r}{near}")
 
 

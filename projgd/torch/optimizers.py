@@ -19,7 +19,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from projgd.axes import Axis
 from projgd.constraints import Constraint
-from projgd.rules import Rules, suggest
+from projgd.rules import Rules, nearest_name
 from projgd.torch import layers, methods, metrics, routing, settings, shaping
 from projgd.torch.engines.base import Job
 from projgd.torch.engines.rows import forget_written_tables
@@ -167,7 +167,7 @@ class Projected(JointSets, Optimizer):
         group = dict(param_group)
         group["params"] = methods.as_list(group["params"])
         for key in group.keys() - {*settings.KEYS, *self.defaults}:  # loggers and optimizers keep others there
-            if near := suggest(key, settings.KEYS, cutoff=0.75):
+            if near := nearest_name(key, settings.KEYS, cutoff=0.75):
                 raise ValueError(f"a param group has the unknown key {key!r}{near}")
         group |= settings.settle(group, self._inherited)
         settings.refuse_lone_axis(param_group, [group])
