@@ -91,7 +91,7 @@ def project_interval(x: Array, least: Array | float, most: Array | float, xp: An
     array([-1. ,  0.5,  1. ])
     """
     xp = xp or array_namespace(x)
-    if is_torch_namespace(xp) and not isinstance(least, float) and not isinstance(most, float):
+    if not isinstance(least, float) and not isinstance(most, float) and is_torch_namespace(xp):
         y = xp.clamp(x, least, most)  # two comparisons would take longer
         return xp.where(y == x, x, y)  # 0 may have got another sign
     if not (isinstance(least, float) and least == -math.inf):

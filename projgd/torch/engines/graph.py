@@ -45,9 +45,7 @@ class Graph(Engine):
             return "it takes tensors with entries on cpu and cuda that are no subclasses"
         if job.skip is not None or (p.dtype == torch.float64 and isinstance(job.constraint, NormSet)):
             return "it takes no GradScaler, and norms of float32 and shorter types"
-        if isinstance(job.constraint, EntrySet) and not any(
-            _is_array(job.constraint, k) for k in job.constraint.arrays
-        ):
+        if isinstance(job.constraint, EntrySet) and not _has_arrays(job.constraint):
             return "the compiler makes a clamp of it"
         return None
 
@@ -77,8 +75,9 @@ class Graph(Engine):
                     _project_opaque(p, *_describe(job.constraint), radii, list(vectors.shape), list(vectors.axes))
 
 
-def _is_array(constraint: Constraint, key: str) -> bool:
-    return isinstance(getattr(constraint, key), Values)
+def _has_arrays(constraint: Constraint) -> bool:
+    """Return whether a set has arrays of bounds, its own or from the initial weights."""
+    return constraint.takes_initial or any(isinstance(getattr(constraint, k), Values) for k in constraint.arrays)
 
 
 _remembered: list[Constraint] = []
