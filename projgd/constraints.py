@@ -362,17 +362,19 @@ class Constraint(Configured, ABC):
 
         Raises:
             TypeError: an integer, boolean or complex array.
-            ValueError: an axis that the array does not have.
+            ValueError: an axis that the array does not have, or arrays of numbers in the set that do not fit it.
 
         >>> import numpy as np
         >>> MaxNorm(1.0).project(np.asarray([[3.0, 0.3], [4.0, 0.4]])).round(3)
         array([[0.6, 0.3],
                [0.8, 0.4]])
         """
-        float_type(x)
+        kind = float_type(x)
         vectors = self.vectors(x)
         if vectors is None:
             return x
+        if self.arrays and 0 not in vectors.shape:
+            self.fit(kind, vectors, "the array")
         xp = array_namespace(x)
         return xp.reshape(self.onto(xp.reshape(x, vectors.shape), vectors.axes, xp), x.shape)
 

@@ -196,7 +196,9 @@ class Box(EntrySet):
                 projections.box_ends(kind, low, high)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        elif None not in (_wide(low), _wide(high)) and _broadcast_any(low, high, lambda a, b: _is_between(a, b, kind)):
+        elif None not in (_wide(low), _wide(high)) and _broadcast_any(
+            low, high, lambda a, b: _is_between(a, b, kind), kind.smallest + kind.spacing
+        ):
             raise ValueError(f"{name}: its dtype has no number between some low and high of {self}")
 
 
@@ -229,8 +231,13 @@ def _wide(end: Any) -> Any:
     return end if isinstance(end, (float, Values)) else None
 
 
-def _broadcast_any(low: float | Values, high: float | Values, test: Callable[[float, float], bool]) -> str:
-    """Return where a test holds for two bounds, as text for an error; an empty string if nowhere."""
+def _broadcast_any(
+    low: float | Values, high: float | Values, test: Callable[[float, float], bool], near: float = 0.0
+) -> str:
+    """Return where a test holds for two bounds, as text for an error; an empty string if nowhere.
+
+    The test is made where low is above high, or is nearer to it than a hundredth or than `near`.
+    """
     if isinstance(low, float) and isinstance(high, float):
         return f" ({low} > {high})" if test(low, high) else ""
     import numpy as np
@@ -238,7 +245,7 @@ def _broadcast_any(low: float | Values, high: float | Values, test: Callable[[fl
     wide = [np.asarray(end.tolist() if isinstance(end, Values) else end) for end in (low, high)]
     pairs = np.broadcast_arrays(*wide)
     with np.errstate(invalid="ignore"):  # infinity minus infinity: a candidate
-        candidates = np.argwhere(~(pairs[0] < pairs[1] - 1e-2 * (np.abs(pairs[0]) + np.abs(pairs[1]))))
+        candidates = np.argwhere(~(pairs[0] < pairs[1] - 1e-2 * (np.abs(pairs[0]) + np.abs(pairs[1])) - near))
     for at in map(tuple, candidates):
         a, b = float(pairs[0][at]), float(pairs[1][at])
         if test(a, b):
@@ -352,7 +359,8 @@ class KeepSign(EntrySet):
         xp = xp or array_namespace(x)
         if is_torch_namespace(xp):  # comparisons take five times as long
             sign = xp.astype(self.signs, x.dtype)
-            return xp.maximum(x * sign, xp.zeros((), dtype=x.dtype, device=x.device)) * sign
+            y = xp.maximum(x * sign, xp.zeros((), dtype=x.dtype, device=x.device)) * sign
+            return _zeros_kept(self.signs, y, x, xp)
         wrong = ((x < 0) & (self.signs >= 0)) | ((x > 0) & (self.signs <= 0))
         return xp.where(wrong, xp.zeros_like(x), x)
 
@@ -403,7 +411,7 @@ class KeepZeros(EntrySet):
             return super().onto(x, axes, xp)  # raises the error
         xp = xp or array_namespace(x)
         if is_torch_namespace(xp):  # comparisons take five times as long
-            return x * xp.astype(self.mask, x.dtype)
+            return _zeros_kept(self.mask, x, x, xp)
         return xp.where((self.mask != 0) | xp.isnan(x), x, xp.zeros_like(x))
 
     def interval(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
@@ -411,6 +419,11 @@ class KeepZeros(EntrySet):
             raise ValueError(f"{self} has no mask outside an optimizer, which takes it from the weights at the start")
         most = xp.where(self.mask != 0, xp.full_like(x, float_type(x).largest), xp.zeros_like(x))
         return -most, most
+
+
+def _zeros_kept(stays: Array, y: Array, x: Array, xp: Any) -> Array:
+    """Return y where `stays` is not 0, elsewhere 0 or the NaN of x. A product would make NaN of infinity."""
+    return xp.where(xp.astype(stays, xp.bool, copy=False), y, xp.clip(x, 0.0, 0.0))
 
 
 @dataclass(frozen=True)

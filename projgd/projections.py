@@ -328,6 +328,7 @@ class _Section:
     def _step(self, w: Array, tau: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
         """Return whether all is done, the next τ, and the interval that the root lies in."""
         xp, a = self.xp, self.a
+        close = 8 * FLOATS[str(w.dtype).removeprefix("torch.")].unit
         _, gap, size = self.at(w, tau)
         _, slope = self.slope(w, tau)
         low, high = xp.where(gap > 0, tau, low), xp.where(gap < 0, tau, high)
@@ -335,17 +336,19 @@ class _Section:
         some, infinite = xp.where(a != 0, a, xp.ones_like(a)), xp.full_like(w, math.inf)
         jumps = []
         for end in (self.least, self.most):
-            edge = (w - xp.where(xp.isfinite(end), end, w)) / some
+            bound = xp.where(xp.isfinite(end), end, w)
+            edge = (w - bound) / some
             usable = (a != 0) & xp.isfinite(end)
-            up = xp.min(xp.where(usable & (edge > tau), edge, infinite), axis=self.axes, keepdims=True)
-            down = xp.max(xp.where(usable & (edge < tau), edge, -infinite), axis=self.axes, keepdims=True)
+            # A little further, or rounding keeps the entry at its bound (`test_a_section_without_bounds_on_one_side`).
+            over = close * (xp.abs(edge) + xp.abs(bound / some))
+            up = xp.min(xp.where(usable & (edge > tau), edge + over, infinite), axis=self.axes, keepdims=True)
+            down = xp.max(xp.where(usable & (edge < tau), edge - over, -infinite), axis=self.axes, keepdims=True)
             jumps.append((up, down))
         jump = xp.where(gap > 0, xp.minimum(jumps[0][0], jumps[1][0]), xp.maximum(jumps[0][1], jumps[1][1]))
         step = xp.where(slope > 0, tau + gap / xp.where(slope > 0, slope, xp.ones_like(slope)), jump)
         known = xp.isfinite(low) & xp.isfinite(high)
         middle = (xp.where(known, low, tau) + xp.where(known, high, tau)) / 2
         step = xp.where(((step > low) & (step < high)) | ~known, step, middle)
-        close = 8 * FLOATS[str(w.dtype).removeprefix("torch.")].unit
         done = (xp.abs(gap) <= close * size) | ~xp.isfinite(step) | (step == tau)
         return xp.all(done), xp.where(done, tau, step), low, high
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from projgd import Box, BoxSection, KeepSign, KeepZeros
 from projgd.axes import resolve
 from projgd.entries import EntrySet
+from projgd.sums import FLOATS
 from tests.contract import NUMPY, bits
 from tests.core.arrays import by, to
 from tests.sets import SETS, SHAPE, bound, start
@@ -163,3 +165,43 @@ def test_huge_entries(name, dtype):
     assert np.isfinite(q.astype(np.float64)).all()
     distance = set_.outside(q, axes).astype(np.float64)
     assert (distance <= (4 * UNIT[dtype] * big if name in PLANES else 1e-2)).all()
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_infinity_where_zero_is_kept(library):
+    """A product with the sign or the mask would be NaN."""
+    w0 = to(library, np.asarray([0.0, 0.0, 0.0, 1.0, -1.0], np.float32))
+    x = to(library, np.asarray([np.inf, -np.inf, np.nan, np.inf, np.inf], np.float32))
+    for set_, rest in ((KeepSign(), [np.inf, 0.0]), (KeepZeros(), [np.inf, np.inf])):
+        q = np.asarray(set_.bind(set_.initial(w0, (), "w")).onto(x, ()))
+        np.testing.assert_array_equal(q, [0.0, 0.0, np.nan, *rest])
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_section_without_bounds_on_one_side(side):
+    """Far outside all entries are at a bound, and one of them has to leave it for the equation to hold."""
+    low, high = np.asarray([0.2334329, 1.32510387, -np.inf, -np.inf]), np.asarray([0.33, 2.09450067, 0.9, -0.74039269])
+    a, b = np.asarray([0.0, -0.22593505, -0.14291315, 0.44277683]), -1.1437290784934637
+    x = np.asarray([-9685.63575432, -4115.61902405, -2518.39519768, 18131.36560552])
+    ends = (low, high) if side > 0 else (-high, -low)
+    q = BoxSection(*ends, a, side * b, axis=-1).project(side * x[None])[0]
+    assert (q >= ends[0]).all()
+    assert (q <= ends[1]).all()
+    assert abs(a @ q - side * b) < 1e-12
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_bounds_between_numbers_of_a_dtype_are_refused(kind):
+    """They may be far apart by their ratio, where the dtype is coarse."""
+    spacing = FLOATS[kind].smallest
+    for low, high in ((0.2 * spacing, 0.9 * spacing), (-0.9 * spacing, -0.2 * spacing)):
+        with pytest.raises(ValueError, match="no number between"):
+            Box([low], [high]).fit(FLOATS[kind], resolve("entries", (1,), "out_first"), "w")
+
+
+def test_an_array_is_refused_as_a_parameter_is():
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match="no number between"):
+        Box([0.1], [0.1]).project(x)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        Box([0.0, 0.0]).project(x)

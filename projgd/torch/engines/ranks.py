@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from projgd.axes import Axis, Split, Vectors, resolve
 from projgd.bands import Band
+from projgd.combined import Around, Intersection
 from projgd.constraints import Constraint, NormSet
 from projgd.sums import tree_sum
 from projgd.torch.engines.base import Engine, Job, float_kind, project_with
@@ -66,7 +67,9 @@ class Ranks(Engine):
                 spread.setdefault((p.device_mesh, part.over, p.dtype == torch.float64), []).append(part)
             elif (local := p.to_local()).numel() == 0:
                 continue
-            elif job.metric is None and p not in job.radii and not job.constraint.arrays:
+            elif (
+                job.metric is None and p not in job.radii and _constraint_of_shard(job.constraint, p) is job.constraint
+            ):
                 whole.append(local)
             else:
                 project_with(self._within, _for_shard(job, p, local), [local])
@@ -260,6 +263,13 @@ def take_initial(p: DTensor, constraint: Constraint, vectors: Vectors, name: str
 
 def _constraint_of_shard(constraint: Constraint, p: DTensor) -> Constraint:
     """Return a set whose arrays of numbers are cut to the part of `p` that this rank holds."""
+    if isinstance(constraint, Around):
+        of = _constraint_of_shard(constraint.of, p)
+        return constraint if of is constraint.of else Around(of)
+    if isinstance(constraint, Intersection):
+        sets = [_constraint_of_shard(own, p) for own in constraint.sets]
+        same = all(new is own for new, own in zip(sets, constraint.sets, strict=True))
+        return constraint if same else Intersection(*sets, tolerance=constraint.tolerance, steps=constraint.steps)
     changed = {}
     for key in constraint.arrays:
         if isinstance(values := getattr(constraint, key), Values):
