@@ -380,7 +380,8 @@ def _onto_simplex(x: Array, total: Scalar, k: int | None, axes: tuple[int, ...],
     if k is not None:
         chosen = largest_entries(w, k, axes, xp)
         stays = stays & (tree_sum(xp.astype(w != 0, w.dtype), axes, xp) <= k)
-        w = xp.where(chosen, w, xp.full_like(w, -float_type(w).largest))
+        lowest = xp.full_like(w, -float_type(w).largest)
+        w = xp.where(chosen, xp.maximum(w, lowest / 2), lowest)
     y = xp.astype(project_simplex(w, total, axes, xp), x.dtype)
     return xp.where(stays | ~finite, x, y)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from projgd import Box, BoxSection, KeepSign, KeepZeros
+from projgd import Box, BoxSection, KeepSign, KeepZeros, SparseSimplex
 from projgd.axes import resolve
 from projgd.entries import EntrySet
 from projgd.sums import FLOATS
@@ -205,3 +205,8 @@ def test_an_array_is_refused_as_a_parameter_is():
         Box([0.1], [0.1]).project(x)
     with pytest.raises(ValueError, match="does not broadcast"):
         Box([0.0, 0.0]).project(x)
+
+
+def test_no_more_than_k_entries_of_the_lowest_numbers():
+    q = SparseSimplex(2, axis=-1).project(np.full((1, 5), np.finfo(np.float32).min))
+    assert q.tolist() == [[0.5, 0.5, 0.0, 0.0, 0.0]]
