@@ -430,6 +430,8 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             right.plot(i, run["error"][-1], "o", color=f"C{i}", mfc="none")
         right.plot(i, PAPER[method], "_", color="black", ms=24, label=None if i else "paper (60,000 images)")
     left.set(xlabel="epoch", ylabel="test error, %", yscale="log", title="test error during training")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     right.set(title="test error of each seed, %", xlim=(-0.6, len(PAPER) - 0.4), ylim=(0, None))
     right.set_xticks(range(len(PAPER)), [method.replace("+ ", "+\n") for method in PAPER])
     for panel in (left, right):
