@@ -242,7 +242,7 @@ def _broadcast_any(
         return f" ({low} > {high})" if test(low, high) else ""
     import numpy as np
 
-    wide = [np.asarray(end.tolist() if isinstance(end, Values) else end) for end in (low, high)]
+    wide = [np.frombuffer(e.data).reshape(e.shape) if isinstance(e, Values) else np.asarray(e) for e in (low, high)]
     pairs = np.broadcast_arrays(*wide)
     with np.errstate(invalid="ignore"):  # infinity minus infinity: a candidate
         candidates = np.argwhere(~(pairs[0] < pairs[1] - 1e-2 * (np.abs(pairs[0]) + np.abs(pairs[1])) - near))

@@ -246,7 +246,7 @@ def _solve(matrix: Values, b: Values) -> tuple[Values, Values]:
     """
     import numpy as np
 
-    rows, right = np.asarray(matrix.tolist(), np.float64).reshape(matrix.shape), np.asarray(b.tolist(), np.float64)
+    rows, right = np.frombuffer(matrix.data).reshape(matrix.shape), np.frombuffer(b.data).reshape(b.shape)
     right = np.broadcast_to(right, matrix.shape[:1])
     if not (np.isfinite(rows).all() and np.isfinite(right).all()):
         raise ValueError("A and b hold infinity: pass finite numbers")
@@ -281,7 +281,11 @@ def _numbers(constraint: Any, x: Array, xp: ModuleType) -> tuple[Array, Array]:
 def _as_numpy(value: float | Values | None, none: float) -> Any:
     import numpy as np
 
-    return np.asarray(none if value is None else value.tolist() if isinstance(value, Values) else value)
+    return (
+        np.frombuffer(value.data).reshape(value.shape)
+        if isinstance(value, Values)
+        else np.asarray(none if value is None else value)
+    )
 
 
 def _check_plane(constraint: Any) -> None:
@@ -309,6 +313,6 @@ def _fit_plane(constraint: Any, vectors: Vectors, name: str) -> None:
     if isinstance(constraint.a, Values):
         import numpy as np
 
-        a = np.broadcast_to(np.asarray(constraint.a.tolist()).reshape(constraint.a.shape), vectors.shape)
+        a = np.broadcast_to(np.frombuffer(constraint.a.data).reshape(constraint.a.shape), vectors.shape)
         if not np.any(a != 0, axis=vectors.axes).all():
             raise ValueError(f"{name}: a is 0 along some vector, so ⟨a, w⟩ is 0 there: pass a normal that is not 0")

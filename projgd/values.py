@@ -52,13 +52,28 @@ class Values:
         """
         if isinstance(value, Values):
             return value
-        nested = value.detach().cpu().double().tolist() if is_torch_array(value) else value
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return cls._of_array(name, value)
+        nested = value
         if hasattr(nested, "tolist"):
             nested = nested.tolist()  # JAX raises a TypeError for a traced array
         shape, flat = _flatten(name, nested)
         if any(math.isnan(number) for number in flat):
             raise ValueError(f"{name} holds NaN: pass numbers, and infinity where there is no bound")
         return cls(shape, array_of("d", flat).tobytes())
+
+    @classmethod
+    def _of_array(cls, name: str, value: Any) -> Values:
+        """Return the numbers of an array; JAX raises a TypeError for a traced one."""
+        import numpy as np
+
+        wide = np.asarray(value.detach().cpu().double() if is_torch_array(value) else value)
+        if wide.dtype.kind in "cOSUb":
+            raise TypeError(f"{name} has dtype {wide.dtype}: pass an array of real numbers")
+        wide = np.ascontiguousarray(wide.astype(np.float64)).reshape(wide.shape)
+        if np.isnan(wide).any():
+            raise ValueError(f"{name} holds NaN: pass numbers, and infinity where there is no bound")
+        return cls(wide.shape, wide.tobytes())
 
     def numbers(self) -> list[float]:
         """Return the numbers one after the other."""
@@ -155,12 +170,21 @@ def stored(value: Scalar, x: Array, kind: FloatType, xp: ModuleType, side: int) 
             value = kind.round_up(value) if side > 0 else kind.round_down(value)
         return xp.full((), value, dtype=x.dtype, **({} if is_jax_namespace(xp) else {"device": x.device}))
     if isinstance(value, Values):
+        if is_torch_namespace(xp):
+            return _stored_tensor(value, x.dtype, str(x.device), kind, side)
         value = value.array(xp, x)
         if is_jax_namespace(xp):  # JAX would round float64 to nearest
             return xp.asarray(_round(value, x.dtype, kind, array_namespace(value), side))
     elif not str(value.dtype).endswith("float64"):  # integers, and shorter types than the largest number needs
         value = xp.astype(value, getattr(xp, kind.compute), copy=False)
     return _round(value, x.dtype, kind, xp, side)
+
+
+@functools.lru_cache(maxsize=64)
+def _stored_tensor(values: Values, dtype: Any, device: str, kind: FloatType, side: int) -> Any:
+    """Return the numbers as a tensor of a dtype, from a cache: rounding large arrays takes longer than a step."""
+    wide = tensor_of(values.data, values.shape, device)
+    return _round(wide, dtype, kind, array_namespace(wide), side)
 
 
 def _round(wide: Array, dtype: Any, kind: FloatType, xp: Any, side: int) -> Array:

@@ -305,3 +305,13 @@ def test_a_scalar_step_keeps_negative_zero():
     p = nn.Parameter(torch.tensor([[-0.0, 0.5]]))
     step(ProjectedSGD([p], lr=0.0, constraint=Box(0.0, 1.0)))
     assert bool(p.signbit()[0, 0])
+
+
+@pytest.mark.parametrize("low", [-0.25, 0.0])
+def test_arrays_of_bounds_keep_zeros_bit_for_bit(low):
+    p = nn.Parameter(torch.tensor([[-0.0, 0.5, float("nan")], [0.0, -3.0, 2.0]]))
+    step(ProjectedSGD([p], lr=0.0, constraint=Box([[low], [low]], [[1.0], [1.5]])))
+    assert p.signbit().tolist() == [[True, False, p.signbit()[0, 2]], [False, low < 0, False]]
+    assert p[:, :2].tolist() == [[0.0, 0.5], [0.0, low]]
+    assert p[0, 2].isnan()
+    assert p[1, 2] == 1.5

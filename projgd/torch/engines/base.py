@@ -282,10 +282,22 @@ def clamp_(p: Tensor, job: Job, vectors: Vectors) -> None:
         rows = slice(start, start + height)
         if initial is None:
             least, most = (t[rows] if isinstance(t, Tensor) and t.ndim == p.ndim and len(t) > 1 else t for t in ends)
+            if isinstance(least, Tensor) and isinstance(most, Tensor) and not _has_zero(constraint):
+                torch.clamp(p[rows], least, most, out=p[rows])
+                continue
             q = project_interval(p[rows], least, most, xp)
         else:
             q = constraint.bind(initial.reshape(_kept(p, constraint, vectors))[rows]).onto(p[rows], vectors.axes, xp)
         p[rows].copy_(q)
+
+
+@functools.lru_cache(maxsize=256)
+def _has_zero(constraint: Constraint) -> bool:
+    """Return whether some bound is 0, or so small that it is rounded to 0: `torch.clamp` may then change its sign."""
+    ends = [getattr(constraint, key) for key in constraint.arrays]
+    arrays = [torch.frombuffer(bytearray(e.data), dtype=torch.float64) for e in ends if isinstance(e, Values)]
+    numbers = [torch.tensor(end, dtype=torch.float64, device="cpu") for end in ends if isinstance(end, float)]
+    return any(bool((n.abs() < FLOATS["float16"].smallest).any()) for n in arrays + numbers if n.numel())
 
 
 def _kept(p: Tensor, constraint: Constraint, vectors: Vectors) -> list[int]:
