@@ -842,6 +842,12 @@ def positive(name: str, value: Scalar) -> Scalar:
     return read
 
 
+def check_every(every: Any) -> None:
+    """Raise ValueError for what is no number of steps between projections."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} is not a number of steps: pass 1 to project after each, 10 after each tenth")
+
+
 def check_per(per: Any) -> None:
     """Raise ValueError for another word than `"vector"` and `"tensor"`."""
     if per not in ("vector", "tensor"):

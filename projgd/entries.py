@@ -318,7 +318,50 @@ class RelativeBox(EntrySet):
 
 
 @dataclass(frozen=True)
-class KeepSign(EntrySet):
+class StartSet(EntrySet):
+    """Describe a set of entries that keeps one number of each initial entry. A subclass returns its `initial`.
+
+    Attributes:
+        kept: what `initial` returned, in a set that is bound; otherwise None.
+    """
+
+    kept: Array | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def keeps_entries(self) -> bool:
+        return True
+
+    @property
+    def takes_initial(self) -> bool:
+        return True
+
+    @abstractmethod
+    def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array: ...
+
+    def bind(self, initial: Array) -> StartSet:
+        bound = copy.copy(self)
+        object.__setattr__(bound, "kept", initial)
+        return bound
+
+    def known(self) -> Array:
+        """Return what the set keeps of the initial weights.
+
+        Raises:
+            ValueError: a set that is not bound.
+
+        >>> import numpy as np
+        >>> KeepZeros().bind(np.asarray([True])).known()
+        array([ True])
+        """
+        if self.kept is None:
+            raise ValueError(
+                f"{self} needs the initial weights: use it in a Projected optimizer or in projgd.optax.projection"
+            )
+        return self.kept
+
+
+@dataclass(frozen=True)
+class KeepSign(StartSet):
     """Hold every entry on the side of 0 where it starts: w ← max(w · sign w₀, 0) · sign w₀.
 
     An entry that starts at 0 stays 0. The optimizer takes the signs once and keeps them in its state (one byte per
@@ -333,48 +376,28 @@ class KeepSign(EntrySet):
     array([ 0., -1.,  0.])
     """
 
-    signs: Array | None = field(default=None, init=False, repr=False, compare=False)
-
-    @property
-    def keeps_entries(self) -> bool:
-        return True
-
-    @property
-    def takes_initial(self) -> bool:
-        return True
-
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array:
         xp = xp or array_namespace(x)
         above, below = xp.astype(x > 0, xp.int8), xp.astype(x < 0, xp.int8)
         return above - below
 
-    def bind(self, initial: Array) -> KeepSign:
-        bound = copy.copy(self)
-        object.__setattr__(bound, "signs", initial)
-        return bound
-
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        if self.signs is None:
-            return super().onto(x, axes, xp)  # raises the error
-        xp = xp or array_namespace(x)
+        xp, signs = xp or array_namespace(x), self.known()
         if is_torch_namespace(xp):  # comparisons take five times as long
-            sign = xp.astype(self.signs, x.dtype)
+            sign = xp.astype(signs, x.dtype)
             y = xp.maximum(x * sign, xp.zeros((), dtype=x.dtype, device=x.device)) * sign
-            return _zeros_kept(self.signs, y, x, xp)
-        wrong = ((x < 0) & (self.signs >= 0)) | ((x > 0) & (self.signs <= 0))
+            return _zeros_kept(signs, y, x, xp)
+        wrong = ((x < 0) & (signs >= 0)) | ((x > 0) & (signs <= 0))
         return xp.where(wrong, xp.zeros_like(x), x)
 
     def interval(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
-        if self.signs is None:
-            raise ValueError(
-                f"{self} has no signs outside an optimizer, which takes them from the weights at the start"
-            )
+        signs = self.known()
         free, zero = xp.full_like(x, float_type(x).largest), xp.zeros_like(x)
-        return xp.where(self.signs < 0, -free, zero), xp.where(self.signs > 0, free, zero)
+        return xp.where(signs < 0, -free, zero), xp.where(signs > 0, free, zero)
 
 
 @dataclass(frozen=True)
-class KeepZeros(EntrySet):
+class KeepZeros(StartSet):
     """Hold the entries that start at 0 at 0: w ← w · (w₀ ≠ 0).
 
     A pruned network stays pruned. The optimizer takes the mask once and keeps it in its state, one byte per entry.
@@ -388,36 +411,18 @@ class KeepZeros(EntrySet):
     array([-1.,  0.])
     """
 
-    mask: Array | None = field(default=None, init=False, repr=False, compare=False)
-
-    @property
-    def keeps_entries(self) -> bool:
-        return True
-
-    @property
-    def takes_initial(self) -> bool:
-        return True
-
     def initial(self, x: Array, axes: tuple[int, ...], name: str, xp: ModuleType | None = None) -> Array:
         return x != 0
 
-    def bind(self, initial: Array) -> KeepZeros:
-        bound = copy.copy(self)
-        object.__setattr__(bound, "mask", initial)
-        return bound
-
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
-        if self.mask is None:
-            return super().onto(x, axes, xp)  # raises the error
-        xp = xp or array_namespace(x)
+        xp, mask = xp or array_namespace(x), self.known()
         if is_torch_namespace(xp):  # comparisons take five times as long
-            return _zeros_kept(self.mask, x, x, xp)
-        return xp.where((self.mask != 0) | xp.isnan(x), x, xp.zeros_like(x))
+            return _zeros_kept(mask, x, x, xp)
+        return xp.where((mask != 0) | xp.isnan(x), x, xp.zeros_like(x))
 
     def interval(self, x: Array, axes: tuple[int, ...], xp: ModuleType) -> tuple[Array, Array]:
-        if self.mask is None:
-            raise ValueError(f"{self} has no mask outside an optimizer, which takes it from the weights at the start")
-        most = xp.where(self.mask != 0, xp.full_like(x, float_type(x).largest), xp.zeros_like(x))
+        mask = self.known()
+        most = xp.where(mask != 0, xp.full_like(x, float_type(x).largest), xp.zeros_like(x))
         return -most, most
 
 

@@ -174,7 +174,23 @@ class TopK(VectorSet):
 
 @dataclass(frozen=True)
 class SumSet(VectorSet):
-    """Describe a set of vectors by a bound on Σ |wᵢ|, or on a sum of norms. A subclass returns its `l1_band`."""
+    """Describe a set of vectors by a bound on Σ |wᵢ|, or on a sum of norms. A subclass returns its `l1_band`.
+
+    Attributes:
+        c: the bound, a positive number.
+        axis: the axes that make one vector, see `projgd.axes`; default `"fan_in"`.
+    """
+
+    c: Scalar
+    axis: Axis = "fan_in"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "c", positive("c", self.c))
+        object.__setattr__(self, "axis", _axes.check(self.axis))
+
+    @property
+    def moving_c(self) -> Scalar:
+        return self.c
 
     @abstractmethod
     def l1_band(self, kind: FloatType, vectors: Vectors) -> Band:
@@ -233,17 +249,6 @@ class L1Ball(SumSet):
         dimensions*, ICML 2008, section 4.
     """
 
-    c: Scalar
-    axis: Axis = "fan_in"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "c", positive("c", self.c))
-        object.__setattr__(self, "axis", _axes.check(self.axis))
-
-    @property
-    def moving_c(self) -> Scalar:
-        return self.c
-
     def l1_band(self, kind: FloatType, vectors: Vectors) -> Band:
         return bands.l1_ball_band(kind, vectors, self.c)
 
@@ -273,17 +278,6 @@ class L1Sphere(SumSet):
     array([[ 0.4, -0.6]])
     """
 
-    c: Scalar
-    axis: Axis = "fan_in"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "c", positive("c", self.c))
-        object.__setattr__(self, "axis", _axes.check(self.axis))
-
-    @property
-    def moving_c(self) -> Scalar:
-        return self.c
-
     @property
     def is_convex(self) -> bool:
         return False
@@ -299,7 +293,7 @@ class L1Sphere(SumSet):
 
 
 @dataclass(frozen=True)
-class GroupL1Ball(VectorSet):
+class GroupL1Ball(SumSet):
     """Hold the sum of the norms of all vectors of a parameter at most at `c`: Σ_g ‖w_g‖₂ ≤ c.
 
     This is the constraint of the group lasso: it makes whole vectors 0, such as all weights of a neuron. Every norm
@@ -323,27 +317,19 @@ class GroupL1Ball(VectorSet):
         technical report TR-2008-09, 2008.
     """
 
-    c: Scalar
-    axis: Axis = "fan_in"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "c", positive("c", self.c))
-        object.__setattr__(self, "axis", _axes.check(self.axis))
-
-    @property
-    def moving_c(self) -> Scalar:
-        return self.c
-
     @property
     def joins_vectors(self) -> bool:
         return True
+
+    def l1_band(self, kind: FloatType, vectors: Vectors) -> Band:
+        return bands.l1_ball_band(kind, Vectors(vectors.shape, tuple(range(len(vectors.shape)))), self.c)
 
     def onto(self, x: Array, axes: tuple[int, ...], xp: ModuleType | None = None, *, moved: bool = False) -> Array:
         xp = xp or array_namespace(x)
         if 0 in x.shape:
             return x
         everything = tuple(range(len(x.shape)))
-        band = bands.l1_ball_band(float_type(x), Vectors(tuple(x.shape), everything), self.c)
+        band = self.l1_band(float_type(x), Vectors(tuple(x.shape), axes))
         z, r = scale(x, everything, xp)
         sizes = norm(z, axes, xp)
         moves, goal, _ = band.targets(tree_sum(sizes, everything, xp), r, xp)
@@ -354,9 +340,6 @@ class GroupL1Ball(VectorSet):
         factor = left / xp.where(norms > 0, norms, xp.ones_like(norms))
         y = xp.astype(xp.astype(x, z.dtype, copy=False) * factor, x.dtype)
         return xp.where(moves, y, x)
-
-    def fit(self, kind: FloatType, vectors: Vectors, name: str) -> None:
-        bands.l1_ball_band(kind, vectors, self.c)
 
     def rounding_interval(
         self, q: Array, p: Array, axes: tuple[int, ...], norm: Callable[[Array], Array], xp: ModuleType

@@ -54,10 +54,7 @@ class Values:
             return value
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             return cls._of_array(name, value)
-        nested = value
-        if hasattr(nested, "tolist"):
-            nested = nested.tolist()  # JAX raises a TypeError for a traced array
-        shape, flat = _flatten(name, nested)
+        shape, flat = _flatten(name, value)
         if any(math.isnan(number) for number in flat):
             raise ValueError(f"{name} holds NaN: pass numbers, and infinity where there is no bound")
         return cls(shape, array_of("d", flat).tobytes())
@@ -159,14 +156,13 @@ def stored(value: Scalar, x: Array, kind: FloatType, xp: ModuleType, side: int) 
         x: the array that the numbers are for.
         kind: its dtype.
         xp: its array namespace.
-        side: 1 rounds up, -1 rounds down, 0 to nearest. The first two count a subnormal number that XLA reads as 0 as
-            none.
+        side: 1 rounds up, -1 rounds down. A subnormal number that XLA reads as 0 counts as none.
 
     Returns:
         An array of the dtype of `x` with the shape of the numbers; 0-d for a float.
     """
     if isinstance(value, float):
-        if side and math.isfinite(value):
+        if math.isfinite(value):
             value = kind.round_up(value) if side > 0 else kind.round_down(value)
         return xp.full((), value, dtype=x.dtype, **({} if is_jax_namespace(xp) else {"device": x.device}))
     if isinstance(value, Values):
@@ -196,8 +192,7 @@ def _round(wide: Array, dtype: Any, kind: FloatType, xp: Any, side: int) -> Arra
     zero = xp.zeros_like(wide)
     step = xp.abs(near) * (1.01 * kind.unit) + 0.505 * kind.spacing
     near = near + side * xp.where(side * near < side * within, step, zero)
-    if side:
-        small = xp.where(side * wide > 0, zero + side * kind.smallest, zero)
-        near = xp.where((xp.abs(wide) < kind.smallest) & (wide != 0), small, near)
+    small = xp.where(side * wide > 0, zero + side * kind.smallest, zero)
+    near = xp.where((xp.abs(wide) < kind.smallest) & (wide != 0), small, near)
     beyond = (side * wide > kind.largest) | xp.isinf(wide)
     return xp.astype(xp.where(beyond, xp.copysign(xp.full_like(wide, math.inf), wide), near), dtype)

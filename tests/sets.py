@@ -33,6 +33,7 @@ from projgd import (
     UnitNorm,
     WeightClip,
 )
+from projgd.axes import resolve
 
 SHAPE = (5, 6)
 ROWS, COLUMNS = np.linspace(-0.5, 0.5, 5)[:, None], np.linspace(0.1, 0.6, 6)
@@ -46,8 +47,7 @@ class Case:
 
     Attributes:
         make: makes it.
-        exact: whether stored values are in it without any tolerance.
-        inside: whether its violation is exactly 0 for what it has projected; a sphere is met to rounding.
+        exact: whether stored values are in it without any tolerance; a sphere or a plane is met to rounding.
     """
 
     make: Callable[[], Constraint]
@@ -94,7 +94,7 @@ SETS: dict[str, Case] = {
     "box around": Case(lambda: Around(Box(-0.05, 0.1))),
     "relative around": Case(lambda: Around(MaxNorm.relative(0.2, axis=1))),
 }
-"""By name. `start` has the weights that the optimizer begins with."""
+"""The cases by name. Sets that take numbers from the initial weights take those of `start`."""
 
 
 def start(dtype=np.float64, seed=0):
@@ -104,10 +104,7 @@ def start(dtype=np.float64, seed=0):
     return w.astype(dtype)
 
 
-def bound(set_, library, x0):
-    """The set with what it takes from the initial weights, an array of the library; its axes are 1 or none."""
-    from projgd.axes import resolve
-
-    vectors = resolve(set_.axis, x0.shape, "out_first")
-    initial = set_.initial(x0, vectors.axes, "w")
+def bound(set_, x0):
+    """Return the set with what it takes from the initial weights x0, an array of any library."""
+    initial = set_.initial(x0, resolve(set_.axis, x0.shape, "out_first").axes, "w")
     return set_ if initial is None else set_.bind(initial)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from projgd.axes import Axis, Split, Stacked
-from projgd.constraints import Constraint, MaxNorm, positive
+from projgd.constraints import Constraint, MaxNorm, check_every, positive
 from projgd.joint import Joint, JointSet
 from projgd.optax import tree
 from projgd.optax.joint import project_jointly
@@ -128,8 +128,7 @@ def projection(
     >>> tx = projection(lambda step: MaxNorm(jnp.minimum(1.0 + 0.01 * step, 4.0)))
     """
 
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r} is not a number of updates: pass 1 to project at each, 10 at each tenth")
+    check_every(every)
 
     def move(updates: Any, params: Any, leaves: list[LeafConstraint | None], **extra: Any) -> Any:
         turns = Turns()

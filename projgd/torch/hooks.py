@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from projgd import rules
-from projgd.constraints import Constraint
+from projgd.constraints import Constraint, check_every
 from projgd.rules import Rules
 from projgd.torch import layers, routing, settings
 from projgd.torch.engines.base import Job
@@ -74,7 +74,7 @@ def project_after_step(
             f"only step() of {type(optimizer).__name__} is followed by the projection, not second_step(): for the form "
             "in two steps pass the optimizer inside it, such as optimizer.base_optimizer"
         )
-    settings.check_every(every)
+    check_every(every)
     options: dict[str, Any] = {"without_grad": without_grad, "every": every}
     chosen = _choose(optimizer, constraint, model, options)
     exempt: dict[torch.Tensor, Exception] = {}  # frozen parameters that cannot be projected, and why

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from projgd import axes, rules
 from projgd.axes import Vectors
 from projgd.config import from_config
-from projgd.constraints import Constraint, MaxNorm, positive
+from projgd.constraints import Constraint, MaxNorm, check_every, positive
 from projgd.metrics import NAMES
 from projgd.sums import float_type
 from projgd.torch.engines import ranks
@@ -73,12 +73,6 @@ def settle(own: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, An
         raise TypeError(f"without_grad={settings['without_grad']!r} is not known: pass True or False")
     check_every(settings["every"])
     return settings
-
-
-def check_every(every: Any) -> None:
-    """Raise ValueError for what is no number of steps."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r} is not a number of steps: pass 1 to project after each, 10 after each tenth")
 
 
 COUNT = "steps_since_projection"

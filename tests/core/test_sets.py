@@ -38,7 +38,7 @@ def near(name, point):
 def ready(name, dtype=np.float64):
     """The set for arrays of NumPy, and a function that projects onto it."""
     set_ = SETS[name].make()
-    set_ = bound(set_, "numpy", start(dtype))
+    set_ = bound(set_, start(dtype))
     axes = resolve(set_.axis, SHAPE, "out_first").axes
 
     def project(x):
@@ -101,7 +101,7 @@ def test_all_libraries_and_dtypes(name, library, dtype):
     x = np.concatenate(
         [weights(s + 1, size, kind)[None] for s, size in enumerate([0.1, 1.0, 1.0 if "two axes" in name else 30.0])]
     )
-    set_ = bound(case.make(), library, to(library, start(kind)))
+    set_ = bound(case.make(), to(library, start(kind)))
     run = by(library, lambda w: set_.onto(w, axes))
     for w in x:
         q, wanted = run(w), project(w)
@@ -112,7 +112,7 @@ def test_all_libraries_and_dtypes(name, library, dtype):
         if "intersection" not in name:
             assert (bits(run(q)) == bits(q)).all(), "idempotent"
         if case.exact:
-            exact = bound(case.make(), "numpy", start(kind).astype(np.float64))
+            exact = bound(case.make(), start(kind).astype(np.float64))
             distance = exact.outside(wide_q, axes)
             limit = 0 if name != "relative max-norm of a tensor" else 1e-6
             assert (distance <= limit).all(), distance.max()
@@ -123,7 +123,7 @@ def test_jax_gives_the_same_points():
     """One program of all sets, in float32."""
     names = [name for name in SETS if "two axes" not in name]
     w = weights(1, 2.0, np.float32)
-    sets = {name: (bound(SETS[name].make(), "jax", to("jax", start(np.float32))), ready(name)[1]) for name in names}
+    sets = {name: (bound(SETS[name].make(), to("jax", start(np.float32))), ready(name)[1]) for name in names}
     found = jax.jit(lambda x: {name: set_.onto(x, axes) for name, (set_, axes) in sets.items()})(w)
     for name in names:
         wanted = ready(name, np.float32)[2](w)

@@ -178,7 +178,7 @@ def test_stored_weights_are_in_the_set(form, name):
     """Exactly, where the set says so. From far away p + d is as fine as p, so a set far from 0 takes one step more."""
     dtype = FORMS[form].dtype
     for p0, p, _, after, k in steps_of(form, name):
-        exact = bound(SETS[name].make(), "numpy", wide(p0))
+        exact = bound(SETS[name].make(), wide(p0))
         holds_zero = (exact.outside(np.zeros(SHAPE), AXES[name]) == 0).all()
         for add, q in after.items():
             assert q.dtype == NUMPY[dtype]
@@ -196,7 +196,7 @@ def test_steps_end_at_the_nearest_point(form, name):
     dtype = FORMS[form].dtype
     for p0, p, u, after, k in steps_of(form, name):
         x = p + u
-        nearest = wide(bound(SETS[name].make(), "numpy", p0).onto(x, AXES[name]))
+        nearest = wide(bound(SETS[name].make(), p0).onto(x, AXES[name]))
         close = 4 * slack(name, dtype) * abs(wide(x)).max()
         grid = 4 * float(FLOATS[dtype].unit) * (abs(wide(p)) + abs(nearest))
         for add, q in after.items():
@@ -377,14 +377,14 @@ BOUNDS = np.asarray([0.3, 1.1, 2.0], np.float32)
 def test_a_population_of_bounds(name, dtype):
     """`vmap` over a bound that is traced. It is rounded into the set, as a number is."""
     for c, q in zip(BOUNDS.tolist(), swept(dtype)[name], strict=True):
-        exact = bound(TRACED[name](c), "numpy", wide(start().astype(NUMPY[dtype])))
+        exact = bound(TRACED[name](c), wide(start().astype(NUMPY[dtype])))
         axes = resolve(exact.axis, SHAPE, "out_last").axes
         distance = exact.outside(wide(q), axes)
         # The products of a traced bound, such as c / √6, are rounded to float32.
         close = 2e-7 if dtype == "float32" and name in ("weight clip", "relative box", "box of arrays") else 0
         limit = 8 * max(float(FLOATS[dtype].unit), 1e-6) * 3 if name in LOOSE else close
         assert (distance <= limit).all(), distance.max()
-        fixed = wide(bound(TRACED[name](c), "numpy", start().astype(NUMPY[dtype])).onto(q, axes))
+        fixed = wide(bound(TRACED[name](c), start().astype(NUMPY[dtype])).onto(q, axes))
         np.testing.assert_allclose(wide(q), fixed, atol=limit or 3e-7, rtol=0)
 
 
@@ -455,7 +455,7 @@ def test_every_third_update(loop):
             functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), q, optax.apply_updates(p, updates)
         )
         outside = {
-            name: float(abs(bound(MADE[name], "", start("float32")).outside(np.asarray(x), AXES[name])).max())
+            name: float(abs(bound(MADE[name], start("float32")).outside(np.asarray(x), AXES[name])).max())
             for name, x in q.items()
         }
         assert (max(outside.values()) < 1e-6) == (k % 3 == 2), outside
@@ -470,7 +470,7 @@ def derivatives():
     x, v = (np.random.default_rng(seed).standard_normal(SHAPE) for seed in (11, 12))
     x = x * np.asarray([0.1, 1, 1, 1, 3])[:, None]
     with jax.enable_x64(True):
-        held = {name: bound(case.make(), "jax", jnp.asarray(start())) for name, case in SETS.items()}
+        held = {name: bound(case.make(), jnp.asarray(start())) for name, case in SETS.items()}
 
         def run(x, v):
             along, back = {}, {}
@@ -492,7 +492,7 @@ def test_derivatives(name):
     """Forwards as finite differences, at a generic point. The derivative of a nearest point is symmetric."""
     x, v, along, back = derivatives()
     assert set(back) >= {name for name in SETS if "intersection" not in name}
-    set_ = bound(SETS[name].make(), "numpy", start())
+    set_ = bound(SETS[name].make(), start())
     assert np.isfinite(along[name]).all()
     h = 1e-4 if isinstance(set_, Intersection) else 1e-6
     ends = [set_.onto(x + side * h * v, AXES[name]) for side in (1, -1)]
@@ -530,7 +530,7 @@ def test_boxes_compare_by_their_numbers():
 @EVERY
 def test_the_report(name):
     """Of trees of JAX and of NumPy: what is projected is in the set, and what is far away is outside of it."""
-    set_ = bound(MADE[name], "numpy", start("float32"))
+    set_ = bound(MADE[name], start("float32"))
     x = np.random.default_rng(1).standard_normal(SHAPE).astype("float32") * (1 if name in LARGE else 20)
     q = set_.onto(x, AXES[name])
     for library in (np.asarray, jnp.asarray):

@@ -34,7 +34,7 @@ def judged(name, p, dtype):
     """Whether stored weights are in the set, in float64; to rounding or to a tolerance where it says so."""
     case = SETS[name]
     w0 = torch.tensor(start()).to(dtype).double().numpy()
-    set_ = bound(case.make(), "numpy", w0)
+    set_ = bound(case.make(), w0)
     w = p.detach().double().numpy()
     axes = set_.resolve(w.shape, "out_first").axes
     unit = torch.finfo(dtype).eps
@@ -48,7 +48,7 @@ def judged(name, p, dtype):
 def moved_by_hand(name, p, steps, size=1.0, lr=0.5):
     """The stock step, then the projection of the core."""
     q = nn.Parameter(p.detach().clone())
-    set_ = bound(SETS[name].make(), "torch", q.detach().clone())
+    set_ = bound(SETS[name].make(), q.detach().clone())
     axes = set_.resolve(tuple(q.shape), "out_first").axes
     plain = torch.optim.SGD([q], lr=lr)
     for k in steps:
@@ -177,7 +177,7 @@ def test_a_compiled_step(name):
 @pytest.mark.parametrize("name", [name for name, case in SETS.items() if case.make().is_convex])
 def test_a_differentiable_step(name):
     """The derivative of a step is that of the projection, by differences in float64."""
-    set_ = bound(SETS[name].make(), "torch", torch.tensor(start()))
+    set_ = bound(SETS[name].make(), torch.tensor(start()))
     axes = set_.resolve((5, 6), "out_first").axes
     x = torch.tensor(np.random.default_rng(5).standard_normal((5, 6)), requires_grad=True)
     v, c = torch.tensor(np.random.default_rng(6).standard_normal((2, 5, 6)))
