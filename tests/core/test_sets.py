@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from projgd import Box, BoxSection, KeepSign, KeepZeros, SparseSimplex
+from projgd import (
+    Box,
+    BoxSection,
+    Hyperplane,
+    Intersection,
+    KeepSign,
+    KeepZeros,
+    NonNegative,
+    Simplex,
+    SparseSimplex,
+)
 from projgd.axes import resolve
 from projgd.entries import EntrySet
 from projgd.sums import FLOATS
@@ -210,3 +220,12 @@ def test_an_array_is_refused_as_a_parameter_is():
 def test_no_more_than_k_entries_of_the_lowest_numbers():
     q = SparseSimplex(2, axis=-1).project(np.full((1, 5), np.finfo(np.float32).min))
     assert q.tolist() == [[0.5, 0.5, 0.0, 0.0, 0.0]]
+
+
+@given(point=POINTS)
+@settings(max_examples=15, deadline=None)
+def test_the_nearest_point_of_an_intersection_is_not_any_point(point):
+    """A plane and the non-negative vectors have the simplex in common, whose nearest point is known without sweeps."""
+    w = weights(point[0], min(point[1], 1.0))
+    both = Intersection(Hyperplane(1.0, 1.0, axis=1), NonNegative())
+    np.testing.assert_allclose(both.onto(w, (1,)), Simplex(axis=1).onto(w, (1,)), atol=1e-5)
